@@ -1,0 +1,242 @@
+"""The public builder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_mnv2.architecture import check_choice, check_positive, check_rate, check_whole, plan
+from keras_mnv2.build import apply_rows, classify, feature_names
+from keras_mnv2.layers import (
+    NORM_EPSILON,
+    NORM_MOMENTUM,
+    InvertedResidual,
+    activation_function,
+    data_format_name,
+    norm_config,
+)
+from keras_mnv2.ops.padding import PADDINGS
+from keras_mnv2.preprocessing import preprocessing_layer
+
+MIN_SIZE = 32
+
+
+def MobileNetV2(
+    input_shape: tuple[int | None, ...] | None = None,
+    alpha: float = 1.0,
+    include_top: bool = True,
+    weights: str | Path | None = "imagenet",
+    input_tensor: Any = None,
+    pooling: str | None = None,
+    classes: int = 1000,
+    classifier_activation: str | Callable | None = "softmax",
+    name: str | None = None,
+    *,
+    inverted_residual_setting: Sequence[Sequence[float]] | None = None,
+    round_nearest: int = 8,
+    block: Callable[..., keras.layers.Layer] | None = None,
+    norm_layer: Any = "batch_norm",
+    dropout: float = 0.2,
+    depth_multiplier: float = 1.0,
+    fix_stem_head: bool = False,
+    activation: str | Callable | None = "relu6",
+    padding: str = "same",
+    norm_momentum: float = NORM_MOMENTUM,
+    norm_epsilon: float = NORM_EPSILON,
+    stochastic_depth: float = 0.0,
+    stem_stride: int = 2,
+    output_stride: int = 32,
+    include_preprocessing: bool = False,
+    features: bool | Sequence[str] = False,
+    data_format: str | None = None,
+    dtype: str | keras.DTypePolicy | None = None,
+) -> keras.Model:
+    """Builds a MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381).
+
+    The positional arguments are those of `keras.applications.MobileNetV2`; the others have torchvision's
+    and timm's names.
+
+    Args:
+        input_shape: (height, width, channels), or (channels, height, width) with
+            `data_format="channels_first"`. Sides of at least 32, or None for any; any number of channels.
+            By default 224x224x3, without the top (None, None, 3).
+        alpha: width multiplier of the paper.
+        include_top: whether the classifier is part of the model.
+        weights: None for random weights, or the path of a `.weights.h5` or `.keras` file that this
+            package wrote. The default "imagenet" stands for the published weights, which this version
+            cannot load yet: it raises an error that says so.
+        input_tensor: a Keras tensor to build on.
+        pooling: without the top, `"avg"` or `"max"` over the image, or None for the 4D tensor.
+        classes: of the classifier.
+        classifier_activation: of the classifier; None gives logits.
+        name: of the model.
+        inverted_residual_setting: rows (t, c, n, s), expansion, channels, repeats and stride of each
+            stage; by default Table 2 of the paper.
+        round_nearest: what each width is a multiple of.
+        block: what makes a block; called with the arguments of `keras_mnv2.layers.InvertedResidual`,
+            which is the default.
+        norm_layer: `"batch_norm"`, `"sync_batch_norm"`, `"group_norm"`, a Keras layer or layer class,
+            or None; see `keras_mnv2.layers.ConvNormActivation`.
+        dropout: rate before the classifier (torchvision's 0.2).
+        depth_multiplier: factor on the number of blocks of each stage, rounded up (timm).
+        fix_stem_head: keeps stem, head, and the depth of the first and last stage as they are whatever
+            `alpha` and `depth_multiplier` (timm's 110d and 120d).
+        activation: of the hidden layers.
+        padding: `"same"` as TensorFlow pads, or `"symmetric"` as PyTorch does: checkpoints need the one
+            that they were trained with.
+        norm_momentum: share of the old moving statistics that one step keeps, 1 minus PyTorch's
+            momentum. The default 0.9 is PyTorch's 0.1: a model trained from scratch validates within
+            its first epochs. `keras.applications` has 0.999, which needs thousands of steps first.
+        norm_epsilon: 1e-3 as in Keras; PyTorch's checkpoints need 1e-5.
+        stochastic_depth: rate of the last block; it rises linearly from 0 (Huang et al. 2016).
+        stem_stride: stride of the first convolution; 1 for images of 32x32.
+        output_stride: 8, 16 or 32; later strides become dilations, with the same parameters.
+        include_preprocessing: whether the model takes raw images of 0..255 and scales them itself.
+        features: True for a dict of the last tensor at each stride, `stride_2` to `stride_32`, or the
+            names of those that are wanted; also `stem`, `block_N`, `block_N_expand` (the expanded input)
+            and `head`. Needs `include_top=False`.
+        data_format: `"channels_last"`, `"channels_first"`, or None for Keras's setting.
+        dtype: a dtype policy such as `"mixed_bfloat16"`, or None for Keras's setting.
+
+    Returns:
+        A functional `keras.Model`. Its output is (batch, classes); without the top
+        (batch, height / 32, width / 32, 1280), pooled (batch, 1280), or the dict of `features`.
+
+    Raises:
+        ValueError: on an argument out of range; the message names it, its value and what is allowed.
+
+    Example:
+
+    >>> model = MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+    >>> model(np.zeros((2, 96, 96, 3))).shape
+    TensorShape([2, 10])
+    """
+    _check_weights(weights)
+    check_choice("padding", padding, PADDINGS)
+    check_choice("pooling", pooling, (None, "avg", "max"))
+    check_whole("classes", classes)
+    check_rate("dropout", dropout)
+    check_rate("norm_momentum", norm_momentum)
+    check_rate("stochastic_depth", stochastic_depth)
+    check_positive("norm_epsilon", norm_epsilon)
+    if not (block is None or callable(block)):
+        raise ValueError(f"block must be None or a callable that makes a Keras layer, got {block!r}.")
+    data_format = data_format_name(data_format)
+    policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+    image = _image_input(input_shape, input_tensor, include_top, data_format)
+    channel_axis, side_axis = (-1, 1) if data_format == "channels_last" else (1, 2)
+    rows = plan(
+        alpha=alpha,
+        inverted_residual_setting=inverted_residual_setting,
+        round_nearest=round_nearest,
+        depth_multiplier=depth_multiplier,
+        fix_stem_head=fix_stem_head,
+        stem_stride=stem_stride,
+        output_stride=output_stride,
+        in_channels=image.shape[channel_axis],
+    )
+    names = _check_features(features, rows, include_top, pooling)
+
+    x = preprocessing_layer(policy)(image) if include_preprocessing else image
+    x, tensors = apply_rows(
+        x,
+        rows,
+        InvertedResidual if block is None else block,
+        stochastic_depth,
+        names,
+        padding=padding,
+        activation=activation_function("activation", activation),
+        norm_layer=norm_config(norm_layer),
+        norm_momentum=norm_momentum,
+        norm_epsilon=norm_epsilon,
+        data_format=data_format,
+        dtype=policy,
+    )
+    if names:
+        x = tensors
+    elif include_top:
+        x = classify(x, classes, dropout, classifier_activation, data_format, policy)
+    elif pooling == "avg":
+        x = keras.layers.GlobalAveragePooling2D(data_format=data_format, name="global_pool", dtype=policy)(x)
+    elif pooling == "max":
+        x = keras.layers.GlobalMaxPooling2D(data_format=data_format, name="global_pool", dtype=policy)(x)
+
+    # The model takes in what `input_tensor` was computed from.
+    sources = keras.utils.get_source_inputs(image)
+    inputs = sources[0] if len(sources) == 1 else sources
+    model = keras.Model(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
+    if weights is not None:
+        model.load_weights(weights)
+    return model
+
+
+def _check_weights(weights):
+    if weights is None:
+        return
+    if weights == "imagenet":
+        raise ValueError(
+            'weights="imagenet" (the default) is not available yet: '
+            "pass weights=None, or the path of a .weights.h5 or .keras file that keras_mnv2 wrote."
+        )
+    path = Path(weights)
+    if not path.name.endswith((".weights.h5", ".keras")) or not path.is_file():
+        raise ValueError(
+            f"weights must be None or the path of an existing .weights.h5 or .keras file, got {str(weights)!r}."
+        )
+
+
+def _image_input(input_shape, input_tensor, include_top, data_format):
+    if input_tensor is not None:
+        if not keras.backend.is_keras_tensor(input_tensor):
+            raise ValueError(f"input_tensor must be a Keras tensor, got {input_tensor!r}.")
+        shape = tuple(input_tensor.shape[1:])
+        _check_image_shape("input_tensor", shape, data_format)
+        if input_shape is not None:
+            _check_image_shape("input_shape", input_shape, data_format)
+            if any(a != b for a, b in zip(input_shape, shape, strict=True) if None not in (a, b)):
+                raise ValueError(f"input_shape must agree with input_tensor's {shape}, got {tuple(input_shape)}.")
+        return input_tensor
+    if input_shape is None:
+        side = 224 if include_top else None
+        input_shape = (side, side, 3) if data_format == "channels_last" else (3, side, side)
+    _check_image_shape("input_shape", input_shape, data_format)
+    return keras.Input(tuple(input_shape), name="image")
+
+
+def _check_image_shape(name, shape, data_format):
+    layout = "(height, width, channels)" if data_format == "channels_last" else "(channels, height, width)"
+    if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) != 3:
+        raise ValueError(f"{name} must have the shape {layout}, got {shape!r}.")
+    *sides, channels = shape if data_format == "channels_last" else (*shape[1:], shape[0])
+    try:
+        check_whole("channels", channels)
+        for side in sides:
+            if side is not None:
+                check_whole("side", side, MIN_SIZE)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be {layout} with sides of at least {MIN_SIZE} or None and at least one channel, "
+            f"got {tuple(shape)}."
+        ) from None
+
+
+def _check_features(features, rows, include_top, pooling):
+    if features is False:
+        return ()
+    names = feature_names(rows)
+    if features is True:
+        features = [row.endpoint for row in rows if row.endpoint]
+    if isinstance(features, str) or not isinstance(features, Sequence) or not features:
+        raise ValueError(f"features must be True, False or a sequence of names, got {features!r}.")
+    if include_top or pooling is not None:
+        raise ValueError(
+            "features needs include_top=False and pooling=None, "
+            f"got include_top={include_top!r} and pooling={pooling!r}."
+        )
+    for name in features:
+        if name not in names:
+            raise ValueError(f"features must be among {', '.join(names)}, got {name!r}.")
+    return tuple(features)

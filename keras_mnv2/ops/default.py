@@ -1,0 +1,97 @@
+"""The operations written with `keras.ops`: right on every backend, and the reference for the fast ones."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_mnv2.ops.padding import Padding, spatial_padding
+
+
+def convolution(
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+    data_format: str = "channels_last",
+) -> Any:
+    """Dense 2D convolution.
+
+    Args:
+        x: images, NHWC (or NCHW with `data_format="channels_first"`).
+        kernel: (height, width, in, out).
+        bias: (out,), or None.
+        stride: of both sides.
+        padding: `"same"` as TensorFlow pads, or `"symmetric"` as PyTorch does.
+        dilation: of both sides; above 1 only with stride 1.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        The convolved images, in the layout and dtype of `x`.
+
+    Example:
+
+    >>> convolution(np.ones((1, 8, 8, 3)), np.ones((3, 3, 3, 16)), stride=2).shape
+    TensorShape([1, 4, 4, 16])
+    """
+    return _convolve(ops.conv, x, kernel, bias, stride, padding, dilation, data_format)
+
+
+def depthwise_convolution(
+    x: Any,
+    kernel: Any,
+    bias: Any = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+    data_format: str = "channels_last",
+) -> Any:
+    """Depthwise 2D convolution: like `convolution`, with a kernel (height, width, channels, 1)."""
+    return _convolve(ops.depthwise_conv, x, kernel, bias, stride, padding, dilation, data_format)
+
+
+def batch_normalization(
+    x: Any, gamma: Any, beta: Any, epsilon: float, data_format: str = "channels_last"
+) -> tuple[Any, Any, Any]:
+    """Normalises by the statistics of the batch, as in training (Ioffe and Szegedy 2015, algorithm 1).
+
+    Args:
+        x: NHWC (or NCHW with `data_format="channels_first"`).
+        gamma: scale, (channels,), or None.
+        beta: shift, (channels,), or None.
+        epsilon: what is added to the variance.
+        data_format: `"channels_last"` or `"channels_first"`.
+
+    Returns:
+        The normalised `x` in its dtype; the mean; the variance, both (channels,) in float32. The
+        variance is the biased one (divided by N, not N - 1), as in Keras.
+    """
+    axis = -1 if data_format == "channels_last" else 1
+    axes = [0, 1, 2] if axis == -1 else [0, 2, 3]
+    wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+    mean, variance = ops.moments(wide, axes=axes)
+    y = ops.batch_normalization(wide, mean, variance, axis=axis, offset=beta, scale=gamma, epsilon=epsilon)
+    return ops.cast(y, x.dtype), mean, variance
+
+
+def _convolve(convolve, x, kernel, bias, stride, padding, dilation, data_format):
+    size = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
+    pairs = spatial_padding(padding, kernel.shape[:2], size, stride, dilation)
+    if pairs is not None and any(map(any, pairs)):
+        channels_last = data_format == "channels_last"
+        x = ops.pad(x, [(0, 0), *pairs, (0, 0)] if channels_last else [(0, 0), (0, 0), *pairs])
+    y = convolve(
+        x,
+        kernel,
+        strides=stride,
+        padding="same" if pairs is None else "valid",
+        data_format=data_format,
+        dilation_rate=dilation,
+    )
+    if bias is not None:
+        y = y + (bias if data_format == "channels_last" else ops.reshape(bias, (-1, 1, 1)))
+    return y

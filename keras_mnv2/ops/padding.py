@@ -1,0 +1,51 @@
+"""Where zeros go around an image before a convolution: two conventions, made explicit."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+Padding = Literal["same", "symmetric"]
+PADDINGS = ("same", "symmetric")
+
+
+def spatial_padding(
+    padding: Padding, kernel_size: Sequence[int], size: Sequence[int | None], stride: int, dilation: int
+) -> list[tuple[int, int]] | None:
+    """Zeros before and after each spatial axis.
+
+    Args:
+        padding: `"same"`, TensorFlow's: just enough for ceil(size / stride) outputs, the odd zero at the
+            end; or `"symmetric"`, PyTorch's: `(k - 1) // 2 * dilation` on both sides.
+        kernel_size: (height, width).
+        size: (height, width) of the image; None where it is not known yet.
+        stride: of both sides.
+        dilation: of both sides.
+
+    Returns:
+        [(top, bottom), (left, right)], or None where `"same"` depends on a size that is not known yet.
+
+    Example:
+
+    >>> spatial_padding("same", (3, 3), (224, 224), 2, 1), spatial_padding("symmetric", (3, 3), (224, 224), 2, 1)
+    ([(0, 1), (0, 1)], [(1, 1), (1, 1)])
+    """
+    if padding == "symmetric":
+        return [((k - 1) // 2 * dilation,) * 2 for k in kernel_size]
+    pairs = []
+    for k, n in zip(kernel_size, size, strict=True):
+        if stride == 1:
+            total = (k - 1) * dilation
+        elif n is None:
+            return None
+        else:
+            total = max((-(-n // stride) - 1) * stride + (k - 1) * dilation + 1 - n, 0)
+        pairs.append((total // 2, total - total // 2))
+    return pairs
+
+
+def output_size(size: int | None, kernel_size: int, stride: int, dilation: int, padding: Padding) -> int | None:
+    """Length of one side after the convolution; None stays None."""
+    if size is None:
+        return None
+    pairs = spatial_padding(padding, (kernel_size,), (size,), stride, dilation)
+    assert pairs is not None
+    return (size + sum(pairs[0]) - (kernel_size - 1) * dilation - 1) // stride + 1

@@ -139,7 +139,7 @@ class ConvNormActivation(keras.layers.Layer):
             # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
             along = scale if self.groups == 1 else keras.ops.expand_dims(scale, -1)
             y = self._convolve(inputs, self.kernel * along, norm.beta - norm.moving_mean * scale)
-        return self.activation(y)
+        return ops.relu6(y) if self.activation is keras.activations.relu6 else self.activation(y)
 
     def compute_output_shape(self, input_shape):
         last = self.data_format == "channels_last"

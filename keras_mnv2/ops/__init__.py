@@ -7,10 +7,11 @@ import importlib
 
 import keras
 
-_FAST = ("tensorflow", "jax", "torch")
-_backend = keras.backend.backend()
-_implementation = importlib.import_module(f"keras_mnv2.ops.{'default' if True else _backend}")
+_fast = {"tensorflow", "jax", "torch"}
+_name = keras.backend.backend() if keras.backend.backend() in _fast else "default"
+_module = importlib.import_module(f"keras_mnv2.ops.{_name}")
 
-batch_normalization = _implementation.batch_normalization
-convolution = _implementation.convolution
-depthwise_convolution = _implementation.depthwise_convolution
+batch_normalization = _module.batch_normalization
+convolution = _module.convolution
+depthwise_convolution = _module.depthwise_convolution
+relu6 = _module.relu6

@@ -1,0 +1,107 @@
+"""The operations on JAX: on a CPU, depthwise convolutions as shifted products and pointwise ones as matrix products.
+
+XLA runs grouped convolutions in a slow generic loop on CPUs, forward and backward; on other devices the
+convolutions of `keras.ops` are the vendor's and stay.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from keras_mnv2.ops import default
+from keras_mnv2.ops.padding import spatial_padding
+
+relu6 = default.relu6
+batch_normalization = default.batch_normalization
+
+
+def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+    """See `keras_mnv2.ops.default.convolution`."""
+    if _on_cpu() and kernel.shape[:2] == (1, 1) and stride == 1 and data_format == "channels_last":
+        y = lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+        return y if bias is None else y + bias
+    return default.convolution(
+        x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
+    )
+
+
+def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+    """See `keras_mnv2.ops.default.depthwise_convolution`."""
+    if not _on_cpu():
+        return default.depthwise_convolution(
+            x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
+        )
+    first = data_format == "channels_first"
+    x = jnp.moveaxis(x, 1, 3) if first else x
+    pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, dilation)
+    y = _depthwise(x, kernel[..., 0], stride, tuple(pairs), dilation)
+    y = y if bias is None else y + bias
+    return jnp.moveaxis(y, 3, 1) if first else y
+
+
+def _on_cpu():
+    return jax.default_backend() == "cpu"
+
+
+def _taps(padded, kernel_size, size, stride, dilation):
+    """The window of `padded` that each tap of the kernel meets, as ((row, column), (N, height, width, C))."""
+    n, _, _, c = padded.shape
+    for i in range(kernel_size[0]):
+        for j in range(kernel_size[1]):
+            row, column = i * dilation, j * dilation
+            end = (n, row + (size[0] - 1) * stride + 1, column + (size[1] - 1) * stride + 1, c)
+            yield (i, j), lax.slice(padded, (0, row, column, 0), end, (1, stride, stride, 1))
+
+
+def _pad(x, pairs, interior=0):
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pair, interior) for pair in pairs), (0, 0, 0)])
+
+
+def _shifted_products(x, kernel, stride, pairs, dilation):
+    sides = [n + sum(pair) for n, pair in zip(x.shape[1:3], pairs, strict=True)]
+    size = [(n - (k - 1) * dilation - 1) // stride + 1 for n, k in zip(sides, kernel.shape[:2], strict=True)]
+    padded = _pad(x, pairs)
+    return sum(window * kernel[tap] for tap, window in _taps(padded, kernel.shape[:2], size, stride, dilation))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _depthwise(x, kernel, stride, pairs, dilation):
+    return _shifted_products(x, kernel, stride, pairs, dilation)
+
+
+def _depthwise_forward(x, kernel, stride, pairs, dilation):
+    return _shifted_products(x, kernel, stride, pairs, dilation), (x, kernel)
+
+
+def _depthwise_backward(stride, pairs, dilation, saved, dy):
+    x, kernel = saved
+    return _input_gradient(x, kernel, stride, pairs, dilation, dy), _kernel_gradient(x, kernel, stride, pairs, dilation, dy)
+
+
+def _input_gradient(x, kernel, stride, pairs, dilation, dy):
+    # The convolution of dy, its pixels `stride` apart, with the turned kernel.
+    around = []
+    for n, k, pair, out in zip(x.shape[1:3], kernel.shape[:2], pairs, dy.shape[1:3], strict=True):
+        before = (k - 1) * dilation - pair[0]
+        around.append((before, n + (k - 1) * dilation - before - ((out - 1) * stride + 1)))
+    spread = _pad(dy, around, stride - 1)
+    return sum(
+        window * kernel[-1 - tap[0], -1 - tap[1]]
+        for tap, window in _taps(spread, kernel.shape[:2], x.shape[1:3], 1, dilation)
+    )
+
+
+def _kernel_gradient(x, kernel, stride, pairs, dilation, dy):
+    # Image by image: the nine sums over one image find it in the cache.
+    def one(image):
+        pixels, gradient = image
+        windows = _taps(_pad(pixels[None], pairs), kernel.shape[:2], gradient.shape[:2], stride, dilation)
+        wide = gradient.astype("float32")
+        return jnp.stack([(window[0].astype("float32") * wide).sum((0, 1)) for _, window in windows])
+
+    return lax.map(one, (x, dy)).sum(0).reshape(kernel.shape).astype(kernel.dtype)
+
+
+_depthwise.defvjp(_depthwise_forward, _depthwise_backward)

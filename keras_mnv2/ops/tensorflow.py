@@ -1,0 +1,62 @@
+"""The operations on TensorFlow: its own padding, bias and batch norm kernels.
+
+Channels-first on a CPU, and dilations, go through `keras.ops`, which transposes where TensorFlow has no
+kernel. `jit_compile=True` is never used on a CPU: XLA's depthwise convolution is ten times slower there.
+"""
+
+import tensorflow as tf
+
+from keras_mnv2.ops import default
+from keras_mnv2.ops.padding import spatial_padding
+
+relu6 = tf.nn.relu6
+
+
+def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+    """See `keras_mnv2.ops.default.convolution`."""
+    if data_format == "channels_first" or dilation > 1:
+        return default.convolution(
+            x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
+        )
+    x, mode = _padded(x, kernel, stride, padding)
+    y = tf.nn.conv2d(x, kernel, stride, mode)
+    # As an operation of its own: TensorFlow's graph optimiser fuses it, and the activation, into the convolution.
+    return y if bias is None else tf.nn.bias_add(y, bias)
+
+
+def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+    """See `keras_mnv2.ops.default.depthwise_convolution`."""
+    if data_format == "channels_first" or dilation > 1:
+        return default.depthwise_convolution(
+            x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
+        )
+    x, mode = _padded(x, kernel, stride, padding)
+    y = tf.nn.depthwise_conv2d(x, kernel, [1, stride, stride, 1], mode)
+    return y if bias is None else tf.nn.bias_add(y, bias)
+
+
+def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last"):
+    """See `keras_mnv2.ops.default.batch_normalization`."""
+    if data_format == "channels_first" or x.dtype == tf.float64:
+        return default.batch_normalization(x, gamma, beta, epsilon, data_format)
+    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=tf.convert_to_tensor(gamma),
+        offset=tf.convert_to_tensor(beta),
+        mean=tf.zeros([0]),
+        variance=tf.zeros([0]),
+        epsilon=epsilon,
+        is_training=True,
+    )
+    # The kernel gives the unbiased variance; Keras keeps the biased one.
+    count = tf.cast(tf.size(x) // tf.shape(x)[-1], variance.dtype)
+    return y, mean, variance * (count - 1) / count
+
+
+def _padded(x, kernel, stride, padding):
+    # With stride 1 both conventions are TensorFlow's own "SAME" for a kernel of odd sides. Explicit
+    # paddings would save the copy, but the depthwise kernel aborts the process on them (2.21).
+    if padding == "same" or (stride == 1 and kernel.shape[0] % 2 == 1):
+        return x, "SAME"
+    pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, 1)
+    return tf.pad(x, [[0, 0], *pairs, [0, 0]]), "VALID"

@@ -1,0 +1,59 @@
+"""The operations on PyTorch: channels-last views instead of copies, and the fused batch norm.
+
+An NHWC tensor whose axes are permuted to NCHW is PyTorch's channels-last memory format: Keras's own
+backend copies here. The figures are of alpha 1.0 at 224x224 in float32 on two x86 cores.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from keras_mnv2.ops.padding import spatial_padding
+
+
+def relu6(x):
+    """ReLU6 of a tensor that nobody else holds: without gradients it is overwritten.
+
+    51 MB take 0.9 ms in place and 10 ms out of place. With gradients out of place is the faster one.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return F.hardtanh(x, 0.0, 6.0)
+    return F.hardtanh_(x, 0.0, 6.0)
+
+
+def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+    """See `keras_mnv2.ops.default.convolution`."""
+    return _convolve(x, kernel.permute(3, 2, 0, 1), bias, stride, padding, dilation, data_format)
+
+
+def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+    """See `keras_mnv2.ops.default.depthwise_convolution`."""
+    return _convolve(x, kernel.permute(2, 3, 0, 1), bias, stride, padding, dilation, data_format)
+
+
+def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last"):
+    """See `keras_mnv2.ops.default.batch_normalization`."""
+    channels_last = data_format == "channels_last"
+    images = x.permute(0, 3, 1, 2) if channels_last else x
+    y, mean, scale = torch.native_batch_norm(images, gamma, beta, None, None, True, 0.0, epsilon)
+    # `scale` is 1 / sqrt(variance + epsilon), of the biased variance that Keras keeps.
+    variance = (scale.detach().float().pow(-2) - epsilon).clamp_(min=0)
+    return y.permute(0, 2, 3, 1) if channels_last else y, mean.detach().float(), variance
+
+
+def _convolve(x, weight, bias, stride, padding, dilation, data_format):
+    channels_last = data_format == "channels_last"
+    images = x.permute(0, 3, 1, 2) if channels_last else x
+    pairs = spatial_padding(padding, weight.shape[2:], images.shape[2:], stride, dilation)
+    (top, bottom), (left, right) = pairs
+    if (top, left) != (bottom, right):
+        if images.device.type == "cpu" and dilation == 1:
+            # TensorFlow pads more at the end. A zero row and column before the kernel do the same without
+            # copying the images: at 32x112x112x96, stride 2, 16 ms instead of 62.
+            weight = F.pad(weight, (right - left, 0, bottom - top, 0))
+            top, left = bottom, right
+        else:
+            images = F.pad(images, (left, right, top, bottom))
+            top = left = 0
+    groups = images.shape[1] // weight.shape[1]
+    y = F.conv2d(images, weight, bias, stride, (top, left), dilation, groups)
+    return y.permute(0, 2, 3, 1) if channels_last else y

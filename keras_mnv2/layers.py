@@ -56,8 +56,8 @@ class ConvNormActivation(keras.layers.Layer):
 
     Example:
 
-    >>> ConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape
-    TensorShape([1, 112, 112, 32])
+    >>> tuple(ConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
+    (1, 112, 112, 32)
     """
 
     def __init__(
@@ -231,8 +231,8 @@ class InvertedResidual(keras.layers.Layer):
 
     Example:
 
-    >>> InvertedResidual(24, stride=2, expand_ratio=6)(np.ones((1, 112, 112, 16))).shape
-    TensorShape([1, 56, 56, 24])
+    >>> tuple(InvertedResidual(24, stride=2, expand_ratio=6)(np.ones((1, 112, 112, 16))).shape)
+    (1, 56, 56, 24)
     """
 
     def __init__(

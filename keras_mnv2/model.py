@@ -111,8 +111,8 @@ def MobileNetV2(
     Example:
 
     >>> model = MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
-    >>> model(np.zeros((2, 96, 96, 3))).shape
-    TensorShape([2, 10])
+    >>> tuple(model(np.zeros((2, 96, 96, 3))).shape)
+    (2, 10)
     """
     _check_weights(weights)
     check_choice("padding", padding, PADDINGS)

@@ -19,8 +19,8 @@ def preprocess_input(x: Any, data_format: str | None = None) -> Any:
 
     Example:
 
-    >>> preprocess_input(np.array([[[[0, 127.5, 255]]]])).shape
-    TensorShape([1, 1, 1, 3])
+    >>> tuple(preprocess_input(np.array([[[[0, 127.5, 255]]]])).shape)
+    (1, 1, 1, 3)
     """
     x = keras.ops.convert_to_tensor(x)
     if not keras.backend.is_float_dtype(x.dtype):

@@ -1,5 +1,7 @@
-"""Data sets as arrays of raw images."""
+"""Data sets as arrays of raw images, and the batches that training reads."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
@@ -24,6 +26,43 @@ class Dataset:
     validation: Split
     test: Split
     class_names: tuple[str, ...]
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of a split in a new order each epoch, randomly changed if asked.
+
+    The changes are made here and not inside the model: compiled into the training step, XLA repeats
+    them for each use of the images (50 times slower on a CPU).
+
+    Args:
+        split: images and labels.
+        batch_size: images a batch; the last one may be smaller.
+        seed: of the order; the order of an epoch is a function of the seed and the epoch's number.
+        change: from a batch of images to a changed one, or None.
+    """
+
+    def __init__(self, split: Split, batch_size: int, seed: int, change: Callable | None = None):
+        super().__init__()
+        self.split = split
+        self.batch_size = batch_size
+        self.seed = seed
+        self.change = change
+        self.epoch = -1
+        self.on_epoch_begin()
+
+    def __len__(self):
+        return math.ceil(len(self.split.labels) / self.batch_size)
+
+    def __getitem__(self, index):
+        part = self.order[index * self.batch_size : (index + 1) * self.batch_size]
+        images = self.split.images[part]
+        if self.change is not None:
+            images = keras.ops.convert_to_numpy(self.change(images))
+        return images, self.split.labels[part]
+
+    def on_epoch_begin(self):
+        self.epoch += 1
+        self.order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.split.labels))
 
 
 def load(name: str, image_size: int) -> Dataset:

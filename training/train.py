@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import time
@@ -37,22 +36,20 @@ def run(config: Config) -> dict:
     keras.utils.set_random_seed(config.seed)
     dataset = data.load(config.dataset, config.image_size)
     model = build_model(config, dataset)
-    trained = with_augmentation(model, config)
-    compile_model(trained, config, len(dataset.train.labels))
+    batches = data.Batches(dataset.train, config.batch_size, config.seed, augment.small_shifts(config))
+    compile_model(model, config, len(batches))
     run_dir = make_run_dir(config)
     print(f"{config.recipe} on {keras.backend.backend()}: {model.count_params():,} parameters, results in {run_dir}")
 
-    history = trained.fit(
-        dataset.train.images,
-        dataset.train.labels,
-        batch_size=config.batch_size,
+    history = model.fit(
+        batches,
         epochs=config.epochs,
         validation_data=(dataset.validation.images, dataset.validation.labels),
         callbacks=[keras.callbacks.CSVLogger(run_dir / "history.csv")],
     )
     fit_seconds = time.perf_counter() - start
     draw_curves(history.history, run_dir / "curves.png")
-    _, accuracy = trained.evaluate(dataset.test.images, dataset.test.labels, verbose=0)
+    _, accuracy = model.evaluate(dataset.test.images, dataset.test.labels, verbose=0)
     print(f"test accuracy {accuracy:.2%} on {len(dataset.test.labels)} images")
     model.save(run_dir / "model.keras")
     difference = None
@@ -86,17 +83,8 @@ def build_model(config: Config, dataset: data.Dataset) -> keras.Model:
     )
 
 
-def with_augmentation(model: keras.Model, config: Config) -> keras.Model:
-    """`model` behind the recipe's random changes, which it does not keep: it is saved without them."""
-    if not config.shift:
-        return model
-    inputs = keras.Input(model.input_shape[1:])
-    return keras.Model(inputs, model(augment.small_shifts(config.shift, config.seed)(inputs)))
-
-
-def compile_model(model: keras.Model, config: Config, images: int) -> None:
-    """Gives `model` the recipe's optimiser, schedule and loss, for epochs of so many images."""
-    steps = math.ceil(images / config.batch_size)
+def compile_model(model: keras.Model, config: Config, steps: int) -> None:
+    """Gives `model` the recipe's optimiser, schedule and loss, for epochs of so many steps."""
     optimizer = keras.optimizers.AdamW(
         schedules.warmup_cosine(config.learning_rate, steps * config.epochs, steps),
         weight_decay=config.weight_decay,

@@ -39,8 +39,8 @@ def convolution(
 
     Example:
 
-    >>> convolution(np.ones((1, 8, 8, 3)), np.ones((3, 3, 3, 16)), stride=2).shape
-    TensorShape([1, 4, 4, 16])
+    >>> tuple(convolution(np.ones((1, 8, 8, 3)), np.ones((3, 3, 3, 16)), stride=2).shape)
+    (1, 4, 4, 16)
     """
     return _convolve(ops.conv, x, kernel, bias, stride, padding, dilation, data_format)
 

@@ -1,0 +1,34 @@
+"""Shared helpers. The backend is the process's: `KERAS_BACKEND`; `python -m tests` runs one process each."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("default")
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what the tests measured, such as the largest differences."""
+    for line in measured:
+        terminalreporter.write_line(line)
+
+
+measured: list[str] = []

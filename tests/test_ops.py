@@ -1,0 +1,127 @@
+"""The fast operations against `keras.ops`, forward and backward."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keras_mnv2 import ops
+from keras_mnv2.ops import default
+from tests.helpers import relative_difference
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 3),
+        "height": st.integers(5, 12),
+        "width": st.integers(5, 12),
+        "channels": st.sampled_from([1, 3, 8]),
+        "side": st.sampled_from([1, 3, 5]),
+        "stride_and_dilation": st.sampled_from([(1, 1), (2, 1), (1, 2), (1, 3)]),
+        "padding": st.sampled_from(["same", "symmetric"]),
+        "data_format": st.sampled_from(["channels_last", "channels_first"]),
+        "bias": st.booleans(),
+        "depthwise": st.booleans(),
+    }
+)
+
+
+def gradients(function, arrays):
+    """Value and gradients of sum(function * fixed weights) on the active backend, as arrays."""
+    backend = keras.backend.backend()
+
+    def loss(*tensors):
+        y = function(*tensors)
+        weights = np.cos(np.arange(np.prod(y.shape))).reshape(tuple(y.shape)).astype("float32")
+        return keras.ops.sum(keras.ops.cast(y, "float32") * weights)
+
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        tensors = [tf.constant(a) for a in arrays]
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            value = loss(*tensors)
+        found = tape.gradient(value, tensors)
+    elif backend == "jax":
+        import jax
+
+        value, found = jax.value_and_grad(loss, argnums=tuple(range(len(arrays))))(*map(np.asarray, arrays))
+    else:
+        import torch
+
+        tensors = [torch.tensor(a, requires_grad=True) for a in arrays]
+        value = loss(*tensors)
+        found = torch.autograd.grad(value, tensors)
+    return [np.asarray(keras.ops.convert_to_numpy(a)) for a in (value, *found)]
+
+
+@given(shape=SHAPES)
+def test_convolutions_equal_the_reference(shape):
+    rng = np.random.default_rng(1)
+    channels, side, depthwise = shape["channels"], shape["side"], shape["depthwise"]
+    x = rng.normal(size=(shape["batch"], shape["height"], shape["width"], channels)).astype("float32")
+    if shape["data_format"] == "channels_first":
+        x = np.moveaxis(x, 3, 1).copy()
+    out = channels if depthwise else 4
+    arrays = [x, rng.normal(size=(side, side, channels, 1 if depthwise else out)).astype("float32")]
+    if shape["bias"]:
+        arrays.append(rng.normal(size=out).astype("float32"))
+    stride, dilation = shape["stride_and_dilation"]
+    options = {
+        "stride": stride,
+        "dilation": dilation,
+        "padding": shape["padding"],
+        "data_format": shape["data_format"],
+    }
+    name = "depthwise_convolution" if depthwise else "convolution"
+
+    def run(module):
+        return lambda *arrays: getattr(module, name)(*arrays, **options)
+
+    tensors = [keras.ops.convert_to_tensor(a) for a in arrays]
+    found, expected = (keras.ops.convert_to_numpy(run(m)(*tensors)) for m in (ops, default))
+    assert relative_difference(found, expected) <= 1e-5
+    for a, b in zip(gradients(run(ops), arrays), gradients(run(default), arrays), strict=True):
+        assert relative_difference(a, b) <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["convolution", "depthwise_convolution"])
+def test_convolutions_in_half_precision(name, dtype, rng):
+    x = rng.normal(size=(2, 9, 9, 8)).astype("float32")
+    kernel = rng.normal(size=(3, 3, 8, 1 if "depth" in name else 4)).astype("float32")
+    exact = keras.ops.convert_to_numpy(getattr(ops, name)(*map(keras.ops.convert_to_tensor, (x, kernel)), stride=2))
+    low = getattr(ops, name)(keras.ops.cast(x, dtype), keras.ops.cast(kernel, dtype), stride=2)
+    assert keras.backend.standardize_dtype(low.dtype) == dtype
+    found = keras.ops.convert_to_numpy(keras.ops.cast(low, "float32"))
+    assert relative_difference(found, exact) <= (2e-2 if dtype == "bfloat16" else 2e-3)
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_batch_normalization_equals_the_reference(data_format, dtype, rng):
+    shape = (4, 6, 5, 8) if data_format == "channels_last" else (4, 8, 6, 5)
+    x = rng.normal(1, 2, size=shape).astype("float32")
+    gamma, beta = rng.uniform(0.5, 2, 8).astype("float32"), rng.normal(size=8).astype("float32")
+    tensors = [keras.ops.cast(x, dtype), *map(keras.ops.convert_to_tensor, (gamma, beta))]
+    found = ops.batch_normalization(*tensors, 1e-3, data_format)
+    expected = default.batch_normalization(*tensors, 1e-3, data_format)
+    limit = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}[dtype]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        a, b = (keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")) for t in (a, b))
+        assert relative_difference(a, b) <= limit
+    if dtype == "float32":
+
+        def run(module):
+            return lambda *arrays: module.batch_normalization(*arrays, 1e-3, data_format)[0]
+
+        arrays = [x, gamma, beta]
+        for a, b in zip(gradients(run(ops), arrays), gradients(run(default), arrays), strict=True):
+            assert relative_difference(a, b) <= 1e-4
+
+
+def test_relu6_cuts_at_zero_and_six():
+    x = keras.ops.convert_to_tensor(np.array([-1.0, 0.0, 3.0, 6.0, 7.0], "float32"))
+    assert keras.ops.convert_to_numpy(ops.relu6(x)).tolist() == [0, 0, 3, 6, 6]

@@ -191,7 +191,7 @@ def _check_weights(weights):
 def _image_input(input_shape, input_tensor, include_top, data_format):
     if input_tensor is not None:
         if not keras.backend.is_keras_tensor(input_tensor):
-            raise ValueError(f"input_tensor must be a Keras tensor, got {input_tensor!r}.")
+            raise ValueError(f"input_tensor must be a Keras tensor, got a value of type {type(input_tensor).__name__}.")
         shape = tuple(input_tensor.shape[1:])
         _check_image_shape("input_tensor", shape, data_format)
         if input_shape is not None:

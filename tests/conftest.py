@@ -4,6 +4,9 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+# First: loaded after TensorFlow, the Triton library that these bring crashes the process (torch 2.14, TensorFlow 2.21).
+import timm  # noqa: F401  isort: skip
+
 import keras
 import numpy as np
 import pytest

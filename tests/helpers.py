@@ -1,5 +1,6 @@
 """What several test modules need."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -15,6 +16,20 @@ def note(name, value):
     measured.append(f"measured on {keras.backend.backend()}: {name}: {value:.2g}")
 
 
+@contextlib.contextmanager
+def double_precision():
+    """Keras computes in float64 inside, so that rounding does not hide or make a difference."""
+    policy = keras.config.dtype_policy()
+    with contextlib.ExitStack() as stack:
+        if keras.backend.backend() == "jax":
+            import jax
+
+            stack.enter_context(jax.enable_x64(True))
+        keras.config.set_dtype_policy("float64")
+        stack.callback(keras.config.set_dtype_policy, policy)
+        yield
+
+
 def relative_difference(found, expected):
     """Largest absolute difference over the largest absolute value."""
     found, expected = np.asarray(found), np.asarray(expected)
@@ -22,19 +37,39 @@ def relative_difference(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def randomise(model, rng):
-    """Gives batch norms random statistics, scales and shifts, so that none is the identity."""
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            channels = layer.gamma.shape[0]
-            layer.set_weights(
-                [
-                    rng.uniform(0.8, 1.2, channels),
-                    rng.normal(0, 0.1, channels),
-                    rng.normal(0, 0.1, channels),
-                    rng.uniform(0.8, 1.2, channels),
-                ]
-            )
+def relative_norm(found, expected):
+    """Norm of the difference over the norm of the expected array."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def randomise(model, rng, x=None):
+    """Random scales and shifts for the batch norms, and statistics near those of a batch.
+
+    Untrained statistics would let the signal die out on its way, and every model look alike.
+
+    Args:
+        model: a model or layer.
+        rng: a NumPy generator.
+        x: the batch; by default random images of the model's input shape.
+    """
+    norms = [layer for layer in model._flatten_layers() if isinstance(layer, keras.layers.BatchNormalization)]
+    if x is None:
+        x = rng.uniform(-1, 1, (4, *(n or 64 for n in model.inputs[0].shape[1:]))).astype("float32")
+    for norm in norms:
+        channels = norm.gamma.shape[0]
+        norm.gamma.assign(rng.uniform(0.8, 1.2, channels))
+        norm.beta.assign(rng.normal(0, 0.3, channels))
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    model(x, training=True)
+    for norm, value in zip(norms, momentum, strict=True):
+        norm.momentum = value
+        spread = keras.ops.sqrt(norm.moving_variance)
+        norm.moving_mean.assign(norm.moving_mean + spread * rng.normal(0, 0.1, spread.shape[0]))
+        norm.moving_variance.assign(norm.moving_variance * rng.uniform(0.8, 1.2, spread.shape[0]))
 
 
 def run_python(code, backend, *arguments):

@@ -51,8 +51,8 @@ def test_the_papers_memory_table():
     assert tensors[7, 7] == (320, 31_360)
     assert tensors[1, 1] == (1280, 2_560)
     assert max(size for _, size in tensors.values()) == 401_408
-    # Section 5.1: the stem's input and output, 224x224x3 and 112x112x32, of two bytes.
-    assert profile.peak_memory == 2 * (224 * 224 * 3 + 112 * 112 * 32)
+    # Section 5.1: the first block's input and output, 112x112x32 and 112x112x16, of two bytes.
+    assert profile.peak_memory == 2 * 112 * 112 * (32 + 16)
 
 
 def test_the_table_is_printed(capsys):

@@ -67,7 +67,7 @@ def test_the_shortcut_is_where_stride_is_1_and_channels_agree(filters, stride, s
     layer = InvertedResidual(filters, stride=stride, shortcut=shortcut)
     x = image(rng)
     layer(x)
-    randomise(layer, rng)
+    randomise(layer, rng, x)
     expanded = layer.expand(x)
     y = layer.depthwise(expanded)
     if residual and shortcut == "expansion":
@@ -108,7 +108,7 @@ def test_inference_equals_the_unfolded_computation(rng):
     layer = ConvNormActivation(8, stride=2)
     x = image(rng)
     layer(x)
-    randomise(layer, rng)
+    randomise(layer, rng, x)
     plain = keras.ops.conv(x, layer.kernel, strides=2, padding="same")
     expected = keras.ops.relu6(layer.norm(plain, training=False))
     assert relative_difference(numbers(layer(x)), numbers(expected)) <= 1e-5

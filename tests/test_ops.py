@@ -33,7 +33,7 @@ def gradients(function, arrays):
     def loss(*tensors):
         y = function(*tensors)
         weights = np.cos(np.arange(np.prod(y.shape))).reshape(tuple(y.shape)).astype("float32")
-        return keras.ops.sum(keras.ops.cast(y, "float32") * weights)
+        return keras.ops.sum(y * keras.ops.convert_to_tensor(weights))
 
     if backend == "tensorflow":
         import tensorflow as tf
@@ -53,6 +53,7 @@ def gradients(function, arrays):
         tensors = [torch.tensor(a, requires_grad=True) for a in arrays]
         value = loss(*tensors)
         found = torch.autograd.grad(value, tensors)
+        value = value.detach()
     return [np.asarray(keras.ops.convert_to_numpy(a)) for a in (value, *found)]
 
 

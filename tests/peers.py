@@ -1,0 +1,50 @@
+"""Copies weights between this package's model and its peers."""
+
+import numpy as np
+
+
+def convs(model):
+    """Every `ConvNormActivation` in the order of computation."""
+    for layer in model.layers:
+        if layer.name in ("stem", "head"):
+            yield layer
+        elif layer.name.startswith("block_"):
+            yield from (conv for conv in (layer.expand, layer.depthwise, layer.project) if conv is not None)
+
+
+def copy_keras_applications(source, model):
+    """From `keras.applications.MobileNetV2`, whose layers come in the same order."""
+    kernels = [layer for layer in source.layers if "Conv2D" in type(layer).__name__]
+    norms = [layer for layer in source.layers if type(layer).__name__ == "BatchNormalization"]
+    ours = list(convs(model))
+    assert len(ours) == len(kernels) == len(norms)
+    for conv, kernel, norm in zip(ours, kernels, norms, strict=True):
+        conv.kernel.assign(np.array(kernel.get_weights()[0]))
+        conv.norm.set_weights(norm.get_weights())
+    if any(layer.name == "predictions" for layer in model.layers):
+        model.get_layer("predictions").set_weights(source.get_layer("predictions").get_weights())
+
+
+def torch_pairs(source, model):
+    """(variable, tensor, axes that bring the tensor to the variable's layout) of torchvision's model."""
+    import torch
+
+    kernels = [m for m in source.modules() if isinstance(m, torch.nn.Conv2d)]
+    norms = [m for m in source.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    ours = list(convs(model))
+    assert len(ours) == len(kernels) == len(norms)
+    for conv, kernel, norm in zip(ours, kernels, norms, strict=True):
+        yield conv.kernel, kernel.weight, (2, 3, 1, 0) if conv.groups == 1 else (2, 3, 0, 1)
+        yield conv.norm.gamma, norm.weight, (0,)
+        yield conv.norm.beta, norm.bias, (0,)
+        yield conv.norm.moving_mean, norm.running_mean, (0,)
+        yield conv.norm.moving_variance, norm.running_var, (0,)
+    dense = model.get_layer("predictions")
+    yield dense.kernel, source.classifier[1].weight, (1, 0)
+    yield dense.bias, source.classifier[1].bias, (0,)
+
+
+def copy_torchvision(source, model):
+    """From torchvision's `mobilenet_v2`."""
+    for variable, tensor, axes in torch_pairs(source, model):
+        variable.assign(np.transpose(tensor.detach().numpy(), axes))

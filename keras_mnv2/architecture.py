@@ -164,9 +164,7 @@ def plan(
             strided = repeat == 0 and stage.stride != 1
             residual = not strided and channels == out
             name = f"block_{len(rows) - 1}"
-            rows.append(
-                Row(name, "block", channels, out, stage.expansion, stride, dilation, residual, current_stride)
-            )
+            rows.append(Row(name, "block", channels, out, stage.expansion, stride, dilation, residual, current_stride))
             channels, dilation = out, next_dilation
 
     for i in range(1, len(rows)):

@@ -72,16 +72,12 @@ def apply_rows(
                 x, tensors[f"{row.name}_expand"] = x
         else:
             kernel_size = 3 if row.kind == "stem" else 1
-            x = ConvNormActivation(
-                row.channels, kernel_size=kernel_size, stride=row.stride, name=row.name, **common
-            )(x)
+            x = ConvNormActivation(row.channels, kernel_size=kernel_size, stride=row.stride, name=row.name, **common)(x)
         tensors[row.name] = x
     return x, {name: tensors[name if name.endswith("_expand") else sources[name]] for name in features}
 
 
-def classify(
-    x: Any, classes: int, dropout: float, activation: Any, data_format: str, policy: keras.DTypePolicy
-) -> Any:
+def classify(x: Any, classes: int, dropout: float, activation: Any, data_format: str, policy: keras.DTypePolicy) -> Any:
     """Pooling, dropout and the classifier, as torchvision's and Keras's top.
 
     In mixed precision the classifier computes in float32, so that the softmax and the loss are exact.

@@ -76,7 +76,7 @@ class CostProfile:
         resolutions.
         """
         table: dict[tuple[int, int], tuple[int, int]] = {}
-        for i, row in enumerate(self.rows):
+        for _i, row in enumerate(self.rows):
             height, width, channels = row.output_shape
             fused_stem = row.name == "stem" and len(self.rows) > 1 and self.rows[1].output_shape[0] == height
             if row.name not in ("head", "classifier") and not fused_stem:
@@ -178,7 +178,9 @@ def _row_cost(row: Row, shape: tuple[int, ...], bytes_per_value: int) -> RowCost
     height, width, channels = shape
     kernel_size = 1 if row.kind == "head" else 3
     # Both paddings give the same size for odd kernels.
-    out_height, out_width = (output_size(n, kernel_size, row.stride, row.dilation, "same") or 0 for n in (height, width))
+    out_height, out_width = (
+        output_size(n, kernel_size, row.stride, row.dilation, "same") or 0 for n in (height, width)
+    )
     out_pixels = out_height * out_width
     # (pixels of the output, weights, output channels) of each convolution.
     if row.kind == "block":

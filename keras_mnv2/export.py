@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -113,7 +112,9 @@ def _sample(model, sample):
         sample = np.random.default_rng(0).uniform(-1, 1, shape)
     images = np.asarray(sample, spec.dtype)
     expected = spec.shape[1:]
-    fits = images.ndim == len(spec.shape) and all(n in (None, m) for n, m in zip(expected, images.shape[1:]))
+    fits = images.ndim == len(spec.shape) and all(
+        n in (None, m) for n, m in zip(expected, images.shape[1:], strict=False)
+    )
     if not fits or not len(images):
         raise ValueError(f"sample must have the shape (batch, *{tuple(expected)}), got {images.shape}.")
     return images

@@ -20,7 +20,7 @@ class Normal(keras.initializers.Initializer):
 
     Example:
 
-    >>> Normal(0.01, seed=1)((2, 3)).shape
+    >>> tuple(Normal(0.01, seed=1)((2, 3)).shape)
     (2, 3)
     """
 

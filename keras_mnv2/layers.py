@@ -1,6 +1,7 @@
 """The two layers of the network: convolution with normalisation and activation, and the inverted residual."""
 
 import math
+from typing import Any
 
 import keras
 
@@ -129,7 +130,12 @@ class ConvNormActivation(keras.layers.Layer):
             y = norm(self._convolve(inputs, self.kernel))
         elif training and norm.trainable:
             y, mean, variance = ops.batch_normalization(
-                self._convolve(inputs, self.kernel), norm.gamma, norm.beta, norm.epsilon, self.data_format
+                self._convolve(inputs, self.kernel),
+                norm.gamma,
+                norm.beta,
+                norm.epsilon,
+                self.data_format,
+                synchronized=self.norm_layer == "sync_batch_norm",
             )
             keep = norm.momentum
             norm.moving_mean.assign(norm.moving_mean * keep + mean * (1 - keep))
@@ -181,11 +187,9 @@ class ConvNormActivation(keras.layers.Layer):
         if self.norm_layer is None:
             return None
         if self.norm_layer in ("batch_norm", "sync_batch_norm"):
-            # JAX's compiler already takes the statistics over the whole sharded batch.
+            # On JAX and PyTorch it is `ops.batch_normalization` that looks at all replicas.
             synchronized = self.norm_layer == "sync_batch_norm" and keras.backend.backend() == "tensorflow"
-            return keras.layers.BatchNormalization(
-                momentum=self.norm_momentum, synchronized=synchronized, **common
-            )
+            return keras.layers.BatchNormalization(momentum=self.norm_momentum, synchronized=synchronized, **common)
         if self.norm_layer == "group_norm":
             return keras.layers.GroupNormalization(groups=self.filters // math.gcd(self.filters, 8), **common)
         # A layer of the caller's: a copy of the prototype, in this layer's precision.
@@ -272,9 +276,9 @@ class InvertedResidual(keras.layers.Layer):
         self.return_expansion = return_expansion
         self.data_format = data_format_name(data_format)
         self.residual = False
-        self.expand = None
-        self.depthwise = None
-        self.project = None
+        self.expand: ConvNormActivation | None = None
+        self.depthwise: Any = None
+        self.project: Any = None
         self.drop = None
 
     def build(self, input_shape):

@@ -21,9 +21,7 @@ def test_the_plan_of_the_paper():
         "stride_16": "block_12",
         "stride_32": "block_16",
     }
-    assert [row.name for row in rows if row.residual] == [
-        f"block_{i}" for i in (2, 4, 5, 7, 8, 9, 11, 12, 14, 15)
-    ]
+    assert [row.name for row in rows if row.residual] == [f"block_{i}" for i in (2, 4, 5, 7, 8, 9, 11, 12, 14, 15)]
 
 
 @given(value=st.floats(1, 5000), divisor=st.integers(1, 32))

@@ -4,7 +4,6 @@ import pytest
 import keras_mnv2
 
 
-
 def trainable(model):
     return sum(int(np.prod(v.shape)) for v in model.trainable_variables)
 

@@ -122,7 +122,10 @@ def test_training_equals_keras_batch_norm_and_moves_its_statistics(rng):
     plain = keras.ops.conv(x, layer.kernel, padding="same")
     expected = keras.ops.relu6(norm(plain, training=True))
     assert relative_difference(numbers(layer(x, training=True)), numbers(expected)) <= 1e-5
-    for found, reference in ((layer.norm.moving_mean, norm.moving_mean), (layer.norm.moving_variance, norm.moving_variance)):
+    for found, reference in (
+        (layer.norm.moving_mean, norm.moving_mean),
+        (layer.norm.moving_variance, norm.moving_variance),
+    ):
         assert relative_difference(numbers(found), numbers(reference)) <= 1e-5
 
 

@@ -118,7 +118,7 @@ def test_a_bad_argument_is_named_with_its_value(argument, value):
 
 
 def test_features_must_be_known_and_without_top():
-    with pytest.raises(ValueError, match="features must be among .*'stride_64'"):
+    with pytest.raises(ValueError, match=r"features must be among .*'stride_64'"):
         small(features=["stride_64"], include_top=False)
     with pytest.raises(ValueError, match="features needs include_top=False"):
         small(features=True)
@@ -241,7 +241,7 @@ def test_weights_come_from_a_file_of_this_package(suffix, tmp_path, rng):
     x = images(rng)
     found = small(weights=path).predict(x, verbose=0)
     assert np.array_equal(found, model.predict(x, verbose=0))
-    with pytest.raises(ValueError, match="shape|weight"):
+    with pytest.raises(ValueError, match=r"shape|weight"):
         small(weights=path, alpha=1.0)
 
 

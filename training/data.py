@@ -81,9 +81,7 @@ def load(name: str, image_size: int) -> Dataset:
     images = keras.ops.convert_to_numpy(keras.ops.image.resize(images, (image_size, image_size)))
     indices = np.arange(len(images))
     rest, test = train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=SPLIT_SEED)
-    train, validation = train_test_split(
-        rest, test_size=0.125, stratify=digits.target[rest], random_state=SPLIT_SEED
-    )
+    train, validation = train_test_split(rest, test_size=0.125, stratify=digits.target[rest], random_state=SPLIT_SEED)
     labels = keras.utils.to_categorical(digits.target)
     parts = [Split(images[part], labels[part]) for part in (train, validation, test)]
     return Dataset(*parts, class_names=tuple(map(str, digits.target_names)))

@@ -60,7 +60,12 @@ def depthwise_convolution(
 
 
 def batch_normalization(
-    x: Any, gamma: Any, beta: Any, epsilon: float, data_format: str = "channels_last"
+    x: Any,
+    gamma: Any,
+    beta: Any,
+    epsilon: float,
+    data_format: str = "channels_last",
+    synchronized: bool = False,
 ) -> tuple[Any, Any, Any]:
     """Normalises by the statistics of the batch, as in training (Ioffe and Szegedy 2015, algorithm 1).
 
@@ -70,6 +75,9 @@ def batch_normalization(
         beta: shift, (channels,), or None.
         epsilon: what is added to the variance.
         data_format: `"channels_last"` or `"channels_first"`.
+        synchronized: whether the statistics are those of all processes. It matters on PyTorch alone:
+            JAX's compiler takes them over the whole sharded batch anyway, and on TensorFlow the layer
+            leaves it to Keras's own synchronised batch norm.
 
     Returns:
         The normalised `x` in its dtype; the mean; the variance, both (channels,) in float32. The

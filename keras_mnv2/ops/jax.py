@@ -36,6 +36,7 @@ def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dil
     first = data_format == "channels_first"
     x = jnp.moveaxis(x, 1, 3) if first else x
     pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, dilation)
+    assert pairs is not None
     y = _depthwise(x, kernel[..., 0], stride, tuple(pairs), dilation)
     y = y if bias is None else y + bias
     return jnp.moveaxis(y, 3, 1) if first else y
@@ -77,7 +78,9 @@ def _depthwise_forward(x, kernel, stride, pairs, dilation):
 
 def _depthwise_backward(stride, pairs, dilation, saved, dy):
     x, kernel = saved
-    return _input_gradient(x, kernel, stride, pairs, dilation, dy), _kernel_gradient(x, kernel, stride, pairs, dilation, dy)
+    return _input_gradient(x, kernel, stride, pairs, dilation, dy), _kernel_gradient(
+        x, kernel, stride, pairs, dilation, dy
+    )
 
 
 def _input_gradient(x, kernel, stride, pairs, dilation, dy):

@@ -35,7 +35,7 @@ def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dil
     return y if bias is None else tf.nn.bias_add(y, bias)
 
 
-def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last"):
+def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", synchronized=False):
     """See `keras_mnv2.ops.default.batch_normalization`."""
     if data_format == "channels_first" or x.dtype == tf.float64:
         return default.batch_normalization(x, gamma, beta, epsilon, data_format)
@@ -59,4 +59,5 @@ def _padded(x, kernel, stride, padding):
     if padding == "same" or (stride == 1 and kernel.shape[0] % 2 == 1):
         return x, "SAME"
     pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, 1)
+    assert pairs is not None
     return tf.pad(x, [[0, 0], *pairs, [0, 0]]), "VALID"

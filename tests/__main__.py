@@ -1,0 +1,60 @@
+"""`python -m tests [--backend NAME] [pytest arguments]`: lint, types, and the tests on each backend in turn."""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def run(name: str, command: list[str], **environment: str) -> tuple[str, bool, float, str]:
+    """Runs one part with its output shown, and gives its name, success, seconds and last line."""
+    print(f"== {name}", flush=True)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    last = ""
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        last = line.strip() or last
+    return name, process.wait() == 0, time.perf_counter() - start, last
+
+
+def main() -> int:
+    """Runs all parts, prints one summary, and gives the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests")
+    parser.add_argument("--backend", choices=BACKENDS, action="append", help="only this backend; may be repeated")
+    chosen, arguments = parser.parse_known_args()
+    parts = [
+        run("ruff check", ["ruff", "check", "."]),
+        run("ruff format", ["ruff", "format", "--check", "."]),
+        run("mypy", ["mypy"]),
+    ]
+    for backend in chosen.backend or BACKENDS:
+        parts.append(run(backend, ["pytest", "-q", "-W", "ignore", *arguments], KERAS_BACKEND=backend))
+    print("\n== summary")
+    passed = failed = 0
+    for name, fine, seconds, last in parts:
+        print(f"{name:12} {'passed' if fine else 'FAILED'} {seconds:6.0f} s  {last}")
+        counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error)", last)}
+        if name in BACKENDS and counts:
+            passed += counts.get("passed", 0)
+            failed += counts.get("failed", 0) + counts.get("error", 0)
+        else:
+            passed, failed = passed + fine, failed + (not fine)
+    ok = all(fine for _, fine, _, _ in parts)
+    print(f"{passed} passed, {max(failed, 0 if ok else 1)} failed")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""The layering of the imports, the public names, the documentation's code, and one backend at a time."""
+
+import ast
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mnv2
+from tests.helpers import run_python
+
+ROOT = Path(__file__).parent.parent
+# Each module imports only from floors below its own (docs/architecture.md).
+FLOORS = {
+    "architecture": 0,
+    "initializers": 0,
+    "ops.padding": 0,
+    "ops.default": 1,
+    "ops.tensorflow": 2,
+    "ops.jax": 2,
+    "ops.torch": 2,
+    "ops": 3,
+    "cost": 1,
+    "preprocessing": 1,
+    "layers": 4,
+    "build": 5,
+    "model": 6,
+    "export": 6,
+    "": 7,
+}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT / "keras_mnv2").with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module_name(path): path for path in (ROOT / "keras_mnv2").rglob("*.py")}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_strictly_downward():
+    assert set(MODULES) == set(FLOORS)
+    for name, path in MODULES.items():
+        for target in imported(path):
+            below = target.removeprefix("keras_mnv2").removeprefix(".")
+            if target.startswith("keras_mnv2.") and below in FLOORS:
+                parent = below == "ops" and name.startswith("ops.")
+                assert parent or FLOORS[below] < FLOORS[name], f"{name} imports {below}"
+
+
+def test_only_public_keras_is_used():
+    for path in [*MODULES.values(), *(ROOT / "training").rglob("*.py")]:
+        assert not [name for name in imported(path) if name.startswith("keras.src")], path
+
+
+def test_training_imports_only_public_names():
+    for path in (ROOT / "training").rglob("*.py"):
+        names = {name for name in imported(path) if name.startswith("keras_mnv2.")}
+        assert not names, f"{path} imports {names}"
+
+
+def test_the_public_names():
+    assert set(keras_mnv2.__all__) == {
+        "CostProfile",
+        "MobileNetV2",
+        "cost_profile",
+        "export",
+        "layers",
+        "preprocess_input",
+    }
+    for name in keras_mnv2.__all__:
+        assert getattr(keras_mnv2, name).__doc__
+
+
+@pytest.mark.parametrize("name", sorted(FLOORS))
+def test_the_examples_of_docstrings_run(name, tmp_path, monkeypatch):
+    active = {"ops.tensorflow", "ops.jax", "ops.torch"} - {f"ops.{keras.backend.backend()}"}
+    if name in active:
+        assert ">>>" not in MODULES[name].read_text()
+        return
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"keras_mnv2.{name}".rstrip("."))
+    names = {**{n: getattr(keras_mnv2, n) for n in keras_mnv2.__all__}, **vars(module), "np": np}
+    assert doctest.testmod(module, globs=names).failed == 0
+
+
+def test_readmes_python_blocks_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_readme_is_short_and_has_two_set_up_commands():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    commands = re.findall(r"^python3 -m venv .*$", text, re.MULTILINE)
+    assert len(commands) == 2
+
+
+ALONE = """
+import sys
+for name in {"tensorflow", "jax", "jaxlib", "torch"} - set(sys.argv[2].split(",")):
+    sys.modules[name] = None
+import numpy as np, keras, keras_mnv2
+model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)
+model.compile("sgd", "sparse_categorical_crossentropy")
+x, y = np.zeros((4, 32, 32, 3), "float32"), np.zeros(4, "int32")
+model.fit(x, y, verbose=0)
+expected = model.predict(x, verbose=0)
+model.save(sys.argv[1])
+assert np.array_equal(keras.models.load_model(sys.argv[1]).predict(x, verbose=0), expected)
+if "tensorflow" not in sys.argv[2]:
+    try:
+        keras_mnv2.export(model, "nowhere")
+    except ImportError as error:
+        assert "pip install" in str(error)
+    else:
+        raise SystemExit("the missing TensorFlow went unnoticed")
+"""
+
+
+@pytest.mark.parametrize(
+    ("backend", "present"), [("tensorflow", "tensorflow"), ("jax", "jax,jaxlib"), ("torch", "torch")]
+)
+def test_one_backend_alone_is_enough(backend, present, tmp_path):
+    if keras.backend.backend() == backend:
+        run_python(ALONE, backend, tmp_path / "model.keras", present)
+
+
+IMPORT = """
+import time, keras
+start = time.perf_counter()
+import keras_mnv2
+print(time.perf_counter() - start)
+"""
+
+
+def test_the_import_is_cheap():
+    # The aim is 0.1 s; five times that is a mistake, such as importing TensorFlow for an export.
+    assert float(run_python(IMPORT, keras.backend.backend()).split()[-1]) < 0.5
+
+
+def test_ci_runs_readmes_command():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()

@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_mnv2
@@ -76,6 +76,44 @@ def test_what_is_allowed_builds_and_has_the_shape_of_the_plan(height, width, cha
     assert model.output_shape == expected
     for row in rows:
         assert model.get_layer(row.name).output.shape[-1 if data_format == "channels_last" else 1] == row.channels
+
+
+FORBIDDEN = {
+    "alpha": st.one_of(st.floats(max_value=0), st.just(math.nan), st.just(math.inf), st.text(), st.none()),
+    "input_shape": st.one_of(
+        st.tuples(st.integers(-9, 31), st.integers(32, 64), st.integers(1, 4)),
+        st.tuples(st.integers(32, 64), st.integers(32, 64), st.integers(-9, 0)),
+        st.lists(st.integers(32, 64), max_size=5).filter(lambda shape: len(shape) != 3).map(tuple),
+    ),
+    "inverted_residual_setting": st.lists(
+        st.lists(st.integers(1, 2), max_size=6).filter(lambda row: len(row) != 4), min_size=1, max_size=3
+    ),
+    "classes": st.one_of(st.integers(max_value=0), st.floats(), st.booleans()),
+    "dropout": st.one_of(st.floats(max_value=-0.01), st.floats(min_value=1)),
+    "stochastic_depth": st.one_of(st.floats(max_value=-0.01), st.floats(min_value=1)),
+    "norm_momentum": st.one_of(st.floats(max_value=-0.01), st.floats(min_value=1)),
+    "norm_epsilon": st.floats(max_value=0),
+    "round_nearest": st.one_of(st.integers(max_value=0), st.floats()),
+    "depth_multiplier": st.floats(max_value=0),
+    "stem_stride": st.integers().filter(lambda stride: stride not in (1, 2)),
+    "output_stride": st.integers().filter(lambda stride: stride not in (8, 16, 32)),
+    "padding": st.text().filter(lambda name: name not in ("same", "symmetric")),
+    "pooling": st.text(min_size=1).filter(lambda name: name not in ("avg", "max")),
+    "activation": st.text(min_size=1, alphabet="xyz"),
+    "classifier_activation": st.text(min_size=1, alphabet="xyz"),
+    "norm_layer": st.text(min_size=1, alphabet="xyz"),
+    "block": st.one_of(st.text(), st.integers()),
+    "features": st.lists(st.text(alphabet="xyz"), min_size=1),
+}
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_what_is_forbidden_is_a_value_error_that_names_it(data):
+    argument = data.draw(st.sampled_from(sorted(FORBIDDEN)))
+    value = data.draw(FORBIDDEN[argument])
+    with pytest.raises(ValueError, match=argument):
+        small(**{argument: value})
 
 
 @pytest.mark.parametrize(

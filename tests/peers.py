@@ -1,5 +1,8 @@
 """Copies weights between this package's model and its peers."""
 
+import functools
+
+import keras
 import numpy as np
 
 
@@ -10,6 +13,22 @@ def convs(model):
             yield layer
         elif layer.name.startswith("block_"):
             yield from (conv for conv in (layer.expand, layer.depthwise, layer.project) if conv is not None)
+
+
+def exact_batch_norms(model):
+    """Lets Keras's batch norms infer in the model's own precision.
+
+    Keras's `BatchNormalization` asks `result_type(dtype, "float32")` for its precision, which is float32 for
+    float64 on JAX and PyTorch (3.15.1).
+    """
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.call = functools.partial(_infer_batch_norm, layer)
+
+
+def _infer_batch_norm(layer, inputs, training=None, mask=None):
+    scale = layer.gamma / keras.ops.sqrt(layer.moving_variance + layer.epsilon)
+    return (inputs - layer.moving_mean) * scale + layer.beta
 
 
 def copy_keras_applications(source, model):

@@ -76,7 +76,7 @@ class CostProfile:
         resolutions.
         """
         table: dict[tuple[int, int], tuple[int, int]] = {}
-        for _i, row in enumerate(self.rows):
+        for row in self.rows:
             height, width, channels = row.output_shape
             fused_stem = row.name == "stem" and len(self.rows) > 1 and self.rows[1].output_shape[0] == height
             if row.name not in ("head", "classifier") and not fused_stem:

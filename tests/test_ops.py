@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from keras_mnv2 import ops
 from keras_mnv2.ops import default
-from tests.helpers import relative_difference
+from tests.helpers import double_precision, relative_difference
 
 SHAPES = st.fixed_dictionaries(
     {
@@ -121,6 +121,17 @@ def test_batch_normalization_equals_the_reference(data_format, dtype, rng):
         arrays = [x, gamma, beta]
         for a, b in zip(gradients(run(ops), arrays), gradients(run(default), arrays), strict=True):
             assert relative_difference(a, b) <= 1e-4
+
+
+def test_batch_normalization_keeps_double_precision(rng):
+    x, gamma, beta = rng.normal(1, 2, (4, 6, 5, 8)), rng.uniform(0.5, 2, 8), rng.normal(size=8)
+    mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    expected = ((x - mean) / np.sqrt(variance + 1e-3) * gamma + beta, mean, variance)
+    with double_precision():
+        tensors = [keras.ops.convert_to_tensor(a, dtype="float64") for a in (x, gamma, beta)]
+        found = ops.batch_normalization(*tensors, 1e-3)
+        for a, b in zip(found, expected, strict=True):
+            assert relative_difference(keras.ops.convert_to_numpy(a), b) <= 1e-12
 
 
 def test_relu6_cuts_at_zero_and_six():

@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,11 +56,13 @@ class Contender:
         self.name = name if name == "torchvision" else f"{name}, {backend}"
         self.batch = options.batch or BATCH[mode]
         spec = {"contender": name, "mode": mode, "alpha": options.alpha, "size": options.size, "batch": self.batch}
+        # A file and not a pipe: nobody reads it while the process runs.
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in `stop`)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "training.contenders", json.dumps(spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not os.environ.get("BENCHMARK_DEBUG") else None,
+            stderr=self.errors,
             text=True,
             env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
         )
@@ -79,11 +82,13 @@ class Contender:
         """Ends the process."""
         self.process.stdin.close()
         self.process.wait()
+        self.errors.close()
 
     def _read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            errors = self.process.stderr.read().strip().splitlines() if self.process.stderr else []
+            self.errors.seek(0)
+            errors = self.errors.read().strip().splitlines()
             raise RuntimeError(f"{self.name} failed: {errors[-1] if errors else 'no message'}")
         return json.loads(line)
 

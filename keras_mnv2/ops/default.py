@@ -80,12 +80,14 @@ def batch_normalization(
             leaves it to Keras's own synchronised batch norm.
 
     Returns:
-        The normalised `x` in its dtype; the mean; the variance, both (channels,) in float32. The
+        The normalised `x` in its dtype; the mean; the variance, both (channels,) in float32 at least. The
         variance is the biased one (divided by N, not N - 1), as in Keras.
     """
     axis = -1 if data_format == "channels_last" else 1
     axes = [0, 1, 2] if axis == -1 else [0, 2, 3]
-    wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+    # Not `result_type(x.dtype, "float32")`: it is float32 for float64 on JAX and PyTorch.
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    wide = ops.cast(x, "float32") if dtype in ("float16", "bfloat16") else x
     mean, variance = ops.moments(wide, axes=axes)
     y = ops.batch_normalization(wide, mean, variance, axis=axis, offset=beta, scale=gamma, epsilon=epsilon)
     return ops.cast(y, x.dtype), mean, variance

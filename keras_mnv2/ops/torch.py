@@ -39,8 +39,13 @@ def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", sy
     images = x.permute(0, 3, 1, 2) if channels_last else x
     y, mean, scale = torch.native_batch_norm(images, gamma, beta, None, None, True, 0.0, epsilon)
     # `scale` is 1 / sqrt(variance + epsilon), of the biased variance that Keras keeps.
-    variance = (scale.detach().float().pow(-2) - epsilon).clamp_(min=0)
-    return y.permute(0, 2, 3, 1) if channels_last else y, mean.detach().float(), variance
+    mean, scale = (_at_least_float32(statistic.detach()) for statistic in (mean, scale))
+    variance = (scale.pow(-2) - epsilon).clamp_(min=0)
+    return y.permute(0, 2, 3, 1) if channels_last else y, mean, variance
+
+
+def _at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _synchronized_batch_normalization(x, gamma, beta, epsilon, data_format):
@@ -48,7 +53,7 @@ def _synchronized_batch_normalization(x, gamma, beta, epsilon, data_format):
     from torch.distributed.nn.functional import all_reduce
 
     axes, shape = ((0, 1, 2), (-1,)) if data_format == "channels_last" else ((0, 2, 3), (-1, 1, 1))
-    wide = x.float()
+    wide = _at_least_float32(x)
     gamma, beta = keras.ops.convert_to_tensor(gamma), keras.ops.convert_to_tensor(beta)
     pixels = wide.new_full((gamma.numel(),), wide.numel() // gamma.numel())
     sums = torch.stack([wide.sum(axes), wide.square().sum(axes), pixels])

@@ -1,10 +1,11 @@
 """The architecture as data: the paper's table, and the plan that expands it once into rows."""
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from keras_mnv2.arguments import check_choice, check_positive, check_whole
 
 
 class Stage(NamedTuple):
@@ -173,34 +174,6 @@ def plan(
     head = HEAD_CHANNELS if fix_stem_head else make_divisible(HEAD_CHANNELS * max(1.0, alpha), round_nearest)
     rows.append(Row("head", "head", channels, head, 1, 1, 1, False, current_stride))
     return tuple(rows)
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raises `ValueError` unless `value` is a finite number above 0."""
-    if not _is_number(value) or not 0 < value < math.inf:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
-
-
-def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Raises `ValueError` unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
-
-
-def check_rate(name: str, value: object) -> None:
-    """Raises `ValueError` unless `value` is a number from 0 up to, and not including, 1."""
-    if not _is_number(value) or not 0 <= value < 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number from 0 up to, and not including, 1, got {value!r}.")
-
-
-def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raises `ValueError` unless `value` is one of `allowed`."""
-    if isinstance(value, bool) or not any(type(value) is type(a) and value == a for a in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _stages(setting: Sequence[Sequence[float]] | None) -> tuple[Stage, ...]:

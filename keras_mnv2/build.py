@@ -6,8 +6,9 @@ from typing import Any
 import keras
 
 from keras_mnv2.architecture import Row
+from keras_mnv2.arguments import activation_function
 from keras_mnv2.initializers import Normal
-from keras_mnv2.layers import ConvNormActivation, activation_function
+from keras_mnv2.layers import ConvNormActivation
 
 
 def feature_names(rows: Sequence[Row]) -> dict[str, str]:

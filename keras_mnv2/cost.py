@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from keras_mnv2.architecture import Row, check_whole, plan
+from keras_mnv2.architecture import Row, plan
+from keras_mnv2.arguments import check_whole
 from keras_mnv2.ops.padding import output_size
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mnv2.architecture import check_choice
+from keras_mnv2.arguments import check_choice
 
 FORMATS = ("tf_saved_model",)
 # The largest difference of an output that a right export shows in float32 is about 1e-6.

@@ -1,4 +1,4 @@
-"""The two layers of the network: convolution with normalisation and activation, and the inverted residual."""
+"""The layers of the network: convolution with normalisation and activation, and the inverted residual."""
 
 import math
 from typing import Any
@@ -6,11 +6,19 @@ from typing import Any
 import keras
 
 from keras_mnv2 import ops
-from keras_mnv2.architecture import check_choice, check_positive, check_rate, check_whole, hidden_channels
+from keras_mnv2.architecture import hidden_channels
+from keras_mnv2.arguments import (
+    activation_function,
+    check_choice,
+    check_positive,
+    check_rate,
+    check_whole,
+    data_format_name,
+    norm_config,
+)
 from keras_mnv2.initializers import Normal
 from keras_mnv2.ops.padding import PADDINGS, output_size
 
-NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
 SHORTCUTS = ("bottleneck", "expansion", None)
 
 # PyTorch's BatchNorm2d default, 0.1, in Keras's convention (1 - momentum). The 0.999 of keras.applications
@@ -120,7 +128,7 @@ class ConvNormActivation(keras.layers.Layer):
             self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros", autocast=False)
         else:
             self.norm.build(self.compute_output_shape(input_shape))
-            self._fused_norm = _is_plain_batch_norm(self.norm)
+            self._fused_norm = _is_plain_batch_norm(self.norm, self.data_format)
 
     def call(self, inputs, training=None):
         norm = self.norm
@@ -183,9 +191,10 @@ class ConvNormActivation(keras.layers.Layer):
 
     def _make_norm(self):
         axis = -1 if self.data_format == "channels_last" else 1
-        common = {"name": "norm", "dtype": self.dtype_policy, "epsilon": self.norm_epsilon, "axis": axis}
         if self.norm_layer is None:
             return None
+        own = {"name": "norm", "dtype": self.dtype_policy, "trainable": self.trainable}
+        common = {**own, "epsilon": self.norm_epsilon, "axis": axis}
         if self.norm_layer in ("batch_norm", "sync_batch_norm"):
             # On JAX and PyTorch it is `ops.batch_normalization` that looks at all replicas.
             synchronized = self.norm_layer == "sync_batch_norm" and keras.backend.backend() == "tensorflow"
@@ -193,7 +202,8 @@ class ConvNormActivation(keras.layers.Layer):
         if self.norm_layer == "group_norm":
             return keras.layers.GroupNormalization(groups=self.filters // math.gcd(self.filters, 8), **common)
         # A layer of the caller's: a copy of the prototype, in this layer's precision.
-        config = {**self.norm_layer["config"], "name": "norm", "dtype": self.dtype_policy}
+        config = {**self.norm_layer["config"], **own}
+        config["trainable"] = self.trainable and self.norm_layer["config"].get("trainable", True)
         return keras.saving.deserialize_keras_object({**self.norm_layer, "config": config})
 
 
@@ -353,6 +363,7 @@ class InvertedResidual(keras.layers.Layer):
             "norm_epsilon": self.norm_epsilon,
             "data_format": self.data_format,
             "dtype": self.dtype_policy,
+            "trainable": self.trainable,
             "name": name,
         }
         return ConvNormActivation(filters, **{**common, **kwargs})
@@ -361,42 +372,51 @@ class InvertedResidual(keras.layers.Layer):
         return x if self.drop is None else self.drop(x, training=training)
 
 
-def activation_function(name, activation):
-    """The function behind a Keras activation's name; an unknown one is a `ValueError` that names `name`."""
-    try:
-        return keras.activations.get(activation)
-    except ValueError:
-        raise ValueError(
-            f"{name} must be None, a function or the name of a Keras activation, got {activation!r}."
-        ) from None
+@keras.saving.register_keras_serializable("keras_mnv2")
+class ScaleShift(keras.layers.Layer):
+    """`x * scale + shift` with a number of each a channel: what a batch norm is in inference.
 
+    Args:
+        axis: of the channels.
+        **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
 
-def data_format_name(data_format):
-    """`data_format`, or Keras's setting where it is None."""
-    if data_format is None:
-        return keras.config.image_data_format()
-    check_choice("data_format", data_format, ("channels_last", "channels_first"))
-    return data_format
+    Input shape:
+        Any.
 
+    Output shape:
+        The same.
 
-def norm_config(norm_layer):
-    """The form in which a layer keeps `norm_layer`: None, a name, or a serialised prototype.
+    Example:
 
-    Raises:
-        ValueError: where `norm_layer` is none of what `ConvNormActivation` allows.
+    >>> tuple(ScaleShift()(np.ones((2, 7, 7, 16))).shape)
+    (2, 7, 7, 16)
     """
-    if norm_layer is None or (isinstance(norm_layer, str) and norm_layer in NORMS):
-        return norm_layer
-    if isinstance(norm_layer, dict) and "class_name" in norm_layer:
-        return norm_layer
-    if isinstance(norm_layer, type) and issubclass(norm_layer, keras.layers.Layer):
-        norm_layer = norm_layer()
-    if isinstance(norm_layer, keras.layers.Layer):
-        return keras.saving.serialize_keras_object(norm_layer)
-    names = ", ".join(map(repr, NORMS))
-    raise ValueError(f"norm_layer must be {names}, a Keras layer, a layer class or None, got {norm_layer!r}.")
+
+    def __init__(self, axis=-1, **kwargs):
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.scale: Any = None
+        self.shift: Any = None
+
+    def build(self, input_shape):
+        channels = (input_shape[self.axis],)
+        self.scale = self.add_weight(name="scale", shape=channels, initializer="ones")
+        self.shift = self.add_weight(name="shift", shape=channels, initializer="zeros")
+
+    def call(self, inputs, training=None, mask=None):
+        # The unused arguments are those of the batch norm whose place it takes in a graph.
+        shape = [1] * len(inputs.shape)
+        shape[self.axis] = -1
+        return inputs * keras.ops.reshape(self.scale, shape) + keras.ops.reshape(self.shift, shape)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "axis": self.axis}
 
 
-def _is_plain_batch_norm(norm):
+def _is_plain_batch_norm(norm, data_format):
+    channels = -1 if data_format == "channels_last" else 1
     plain = type(norm) is keras.layers.BatchNormalization and norm.scale and norm.center
-    return plain and not (norm.renorm or norm.synchronized)
+    return plain and norm.axis in (channels, channels % 4) and not (norm.renorm or norm.synchronized)

@@ -8,16 +8,18 @@ from typing import Any
 
 import keras
 
-from keras_mnv2.architecture import check_choice, check_positive, check_rate, check_whole, plan
-from keras_mnv2.build import apply_rows, classify, feature_names
-from keras_mnv2.layers import (
-    NORM_EPSILON,
-    NORM_MOMENTUM,
-    InvertedResidual,
+from keras_mnv2.architecture import plan
+from keras_mnv2.arguments import (
     activation_function,
+    check_choice,
+    check_positive,
+    check_rate,
+    check_whole,
     data_format_name,
     norm_config,
 )
+from keras_mnv2.build import apply_rows, classify, feature_names
+from keras_mnv2.layers import NORM_EPSILON, NORM_MOMENTUM, InvertedResidual
 from keras_mnv2.ops.padding import PADDINGS
 from keras_mnv2.preprocessing import preprocessing_layer
 

@@ -58,9 +58,11 @@ def randomise(model, rng, x=None):
     if x is None:
         x = rng.uniform(-1, 1, (4, *(n or 64 for n in model.inputs[0].shape[1:]))).astype("float32")
     for norm in norms:
-        channels = norm.gamma.shape[0]
-        norm.gamma.assign(rng.uniform(0.8, 1.2, channels))
-        norm.beta.assign(rng.normal(0, 0.3, channels))
+        channels = norm.moving_mean.shape[0]
+        if norm.scale:
+            norm.gamma.assign(rng.uniform(0.8, 1.2, channels))
+        if norm.center:
+            norm.beta.assign(rng.normal(0, 0.3, channels))
     momentum = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

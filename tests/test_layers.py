@@ -194,3 +194,27 @@ def test_groups_must_fit_the_input(rng):
 def test_stride_and_dilation_exclude_each_other():
     with pytest.raises(ValueError, match="dilation_rate"):
         ConvNormActivation(8, stride=2, dilation_rate=2)
+
+
+@pytest.mark.parametrize("layer_class", [ConvNormActivation, InvertedResidual])
+def test_a_frozen_layer_that_was_loaded_stays_frozen(layer_class, rng):
+    x = image(rng)
+    layer = layer_class(16)
+    layer.trainable = False
+    copy = layer_class.from_config(layer.get_config())
+    copy(x)
+    before = copy.get_weights()
+    copy(x, training=True)
+    assert all(np.array_equal(a, b) for a, b in zip(copy.get_weights(), before, strict=True))
+    copy.trainable = True
+    copy(x, training=True)
+    assert not all(np.array_equal(a, b) for a, b in zip(copy.get_weights(), before, strict=True))
+
+
+def test_a_batch_norm_over_another_axis_is_computed_as_it_stands(rng):
+    layer = ConvNormActivation(8, norm_layer=keras.layers.BatchNormalization(axis=1))
+    x = image(rng)
+    layer(x)
+    layer.norm.moving_variance.assign(rng.uniform(0.5, 2, 8))
+    expected = keras.ops.relu6(layer.norm(keras.ops.conv(x, layer.kernel, padding="same")))
+    assert relative_difference(numbers(layer(x)), numbers(expected)) <= 1e-6

@@ -28,8 +28,19 @@ NORM_MOMENTUM = 0.9
 NORM_EPSILON = 1e-3
 
 
+class _Block(keras.layers.Layer):
+    """A layer of one tensor that is called without Keras's bookkeeping where `ops` finds that worthwhile."""
+
+    def __call__(self, *args, **kwargs):
+        # An explicit `training=False` is what `predict` and `evaluate` hand down.
+        plain = self.built and len(args) == 1 and kwargs == {"training": False} and not self.activity_regularizer
+        if plain and self.compute_dtype == self.variable_dtype and ops.calls_directly(args[0], self.compute_dtype):
+            return self.call(args[0], training=False)
+        return super().__call__(*args, **kwargs)
+
+
 @keras.saving.register_keras_serializable("keras_mnv2")
-class ConvNormActivation(keras.layers.Layer):
+class ConvNormActivation(_Block):
     """Convolution, normalisation, activation.
 
     In inference, batch normalisation is folded into the kernel on the fly (Jacob et al. 2018, section
@@ -123,6 +134,7 @@ class ConvNormActivation(keras.layers.Layer):
             initializer=Normal(math.sqrt(2 / (self.kernel_size**2 * self.filters))),
             autocast=False,
         )
+        ops.lay_out_kernel(self.kernel)
         self.norm = self._make_norm()
         if self.norm is None:
             self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros", autocast=False)
@@ -133,12 +145,12 @@ class ConvNormActivation(keras.layers.Layer):
     def call(self, inputs, training=None):
         norm = self.norm
         if norm is None:
-            y = self._convolve(inputs, self.kernel, self.bias)
+            y = self._convolve(inputs, self.kernel.value, self.bias.value)
         elif not self._fused_norm:
-            y = norm(self._convolve(inputs, self.kernel))
+            y = norm(self._convolve(inputs, self.kernel.value))
         elif training and norm.trainable:
             y, mean, variance = ops.batch_normalization(
-                self._convolve(inputs, self.kernel),
+                self._convolve(inputs, self.kernel.value),
                 norm.gamma,
                 norm.beta,
                 norm.epsilon,
@@ -179,10 +191,13 @@ class ConvNormActivation(keras.layers.Layer):
 
     def _convolve(self, inputs, kernel, bias=None):
         convolution = ops.convolution if self.groups == 1 else ops.depthwise_convolution
+        if self.compute_dtype != self.variable_dtype:
+            kernel = keras.ops.cast(kernel, inputs.dtype)
+            bias = None if bias is None else keras.ops.cast(bias, inputs.dtype)
         return convolution(
             inputs,
-            keras.ops.cast(kernel, inputs.dtype),
-            None if bias is None else keras.ops.cast(bias, inputs.dtype),
+            kernel,
+            bias,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation_rate,
@@ -208,7 +223,7 @@ class ConvNormActivation(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("keras_mnv2")
-class InvertedResidual(keras.layers.Layer):
+class InvertedResidual(_Block):
     """Inverted residual with linear bottleneck (Sandler et al. 2018, section 3.3 and Table 1).
 
     A 1x1 convolution expands the channels (absent when `expand_ratio` is 1), a 3x3 depthwise convolution
@@ -314,6 +329,12 @@ class InvertedResidual(keras.layers.Layer):
                 shape = conv.compute_output_shape(shape)
 
     def call(self, inputs, training=None):
+        if training or self.return_expansion:
+            return self._transform(inputs, training)
+        hidden = self.depthwise.filters * math.prod(self._sides(inputs.shape))
+        return ops.block_in_chunks(lambda x: self._transform(x, training), inputs, hidden)
+
+    def _transform(self, inputs, training):
         # `conv.call`, not `conv()`: the bookkeeping of a layer call costs an eager backend about 0.1 ms.
         expanded = inputs if self.expand is None else self.expand.call(inputs, training=training)
         x = self.depthwise.call(expanded, training=training)
@@ -367,6 +388,9 @@ class InvertedResidual(keras.layers.Layer):
             "name": name,
         }
         return ConvNormActivation(filters, **{**common, **kwargs})
+
+    def _sides(self, shape):
+        return shape[1:3] if self.data_format == "channels_last" else shape[2:4]
 
     def _drop(self, x, training):
         return x if self.drop is None else self.drop(x, training=training)

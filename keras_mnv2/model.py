@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from keras_mnv2 import ops
 from keras_mnv2.architecture import plan
 from keras_mnv2.arguments import (
     activation_function,
@@ -24,6 +26,20 @@ from keras_mnv2.ops.padding import PADDINGS
 from keras_mnv2.preprocessing import preprocessing_layer
 
 MIN_SIZE = 32
+
+
+@keras.saving.register_keras_serializable("keras_mnv2")
+class Network(keras.Model):
+    """A functional model that, in inference, runs for some images at a time where `ops` finds that faster."""
+
+    def call(self, inputs, training=None, mask=None):
+        def run(x):
+            return super(Network, self).call(x, training=training, mask=mask)
+
+        if training or mask is not None or not hasattr(inputs, "shape") or None in inputs.shape[1:]:
+            return run(inputs)
+        # At alpha 1.0 the widest tensor, the expansion of block_1, has eight times the numbers of the image.
+        return ops.network_in_chunks(run, inputs, 8 * math.prod(inputs.shape[1:]))
 
 
 def MobileNetV2(
@@ -169,7 +185,7 @@ def MobileNetV2(
     # The model takes in what `input_tensor` was computed from.
     sources = keras.utils.get_source_inputs(image)
     inputs = sources[0] if len(sources) == 1 else sources
-    model = keras.Model(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
+    model = Network(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
     if weights is not None:
         model.load_weights(weights)
     return model

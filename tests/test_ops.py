@@ -87,6 +87,13 @@ def test_convolutions_equal_the_reference(shape):
         assert relative_difference(a, b) <= 1e-4
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_pointwise_convolution_of_one_image_or_more(batch, rng):
+    arrays = [rng.normal(size=s).astype("float32") for s in ((batch, 5, 4, 8), (1, 1, 8, 6), (6,))]
+    for a, b in zip(gradients(ops.convolution, arrays), gradients(default.convolution, arrays), strict=True):
+        assert relative_difference(a, b) <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["convolution", "depthwise_convolution"])
 def test_convolutions_in_half_precision(name, dtype, rng):

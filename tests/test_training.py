@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from training import augment, data, schedules, train
+from training import augment, data, memory, schedules, train
 from training.__main__ import RECIPES
 from training.config import Config
 
@@ -38,6 +38,24 @@ def test_the_command_leaves_a_complete_run_folder(tmp_path):
     test = data.load("digits", 32).test
     found = (loaded.predict(test.images, verbose=0).argmax(1) == test.labels.argmax(1)).mean()
     assert found == pytest.approx(metrics["test_accuracy"])
+
+
+@pytest.mark.parametrize("own", [None, "glibc.malloc.arena_max=2"])
+def test_the_command_starts_again_with_large_pages(own, monkeypatch):
+    started = []
+    monkeypatch.setattr(memory.os, "execv", lambda *command: started.append(command))
+    monkeypatch.setattr(memory.sys, "argv", ["__main__.py", "digits", "--epochs", "1"])
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if own:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    memory.use_large_pages("training")
+    if own:
+        assert not started
+        assert memory.os.environ["GLIBC_TUNABLES"] == own
+    else:
+        assert started == [(sys.executable, [sys.executable, "-m", "training", "digits", "--epochs", "1"])]
+        assert memory.os.environ["GLIBC_TUNABLES"] == memory.TUNABLES
 
 
 def test_help_lists_the_recipes_and_every_field():

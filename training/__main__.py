@@ -4,6 +4,7 @@ import sys
 
 import tyro
 
+from training import memory
 from training.config import Config
 from training.recipes import digits
 
@@ -35,4 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    memory.use_large_pages("training")
     main()

@@ -8,19 +8,52 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import keras
 from jax import lax
 
 from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import spatial_padding
 
+calls_directly = default.calls_directly
+lay_out_kernel = default.lay_out_kernel
 relu6 = default.relu6
 batch_normalization = default.batch_normalization
+
+
+# Of hidden activations: two images of alpha 1.0 at 224x224. The memory that XLA takes for a call is then below
+# the 32 MB from which glibc maps and unmaps it each time: 200 images/s where whole batches of 32 gave 130 to 160.
+CHUNK_BYTES = 10e6
+
+
+def block_in_chunks(function, x, hidden_size):
+    """See `keras_mnv2.ops.default.block_in_chunks`."""
+    # Only where it is compiled: in eager mode the loop would be compiled again at each call.
+    traced = isinstance(x, jax.core.Tracer) and isinstance(x.shape[0], int)
+    if not (traced and _on_cpu() and keras.distribution.distribution() is None):
+        return function(x)
+    most = max(1, int(CHUNK_BYTES / (hidden_size * x.dtype.itemsize)))
+    if most >= x.shape[0]:
+        return function(x)
+    # Chunks of one size, so that the function is compiled once.
+    count = max(n for n in range(1, most + 1) if x.shape[0] % n == 0)
+    y = lax.map(function, x.reshape(-1, count, *x.shape[1:]))
+    return jax.tree.map(lambda part: part.reshape(x.shape[0], *part.shape[2:]), y)
+
+
+network_in_chunks = block_in_chunks
 
 
 def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
     """See `keras_mnv2.ops.default.convolution`."""
     if _on_cpu() and kernel.shape[:2] == (1, 1) and stride == 1 and data_format == "channels_last":
-        y = lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
+        y = _product(x, kernel[0, 0])
+        return y if bias is None else y + bias
+    if _on_cpu() and kernel.shape[2] <= 4 and data_format == "channels_last":
+        # The stem, as a matrix product of its windows: 1.7 ms instead of 3.6 for four images.
+        pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, dilation)
+        _, windows = _windows(x, kernel.shape[:2], stride, tuple(pairs), dilation)
+        columns = jnp.concatenate([window for _, window in windows], -1)
+        y = _product(columns, kernel.reshape(-1, kernel.shape[3]))
         return y if bias is None else y + bias
     return default.convolution(
         x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
@@ -46,6 +79,11 @@ def _on_cpu():
     return jax.default_backend() == "cpu"
 
 
+def _product(x, matrix):
+    # Of two axes: for four, XLA transposes large arrays in the gradients (a training step took 1.4 times as long).
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+
+
 def _taps(padded, kernel_size, size, stride, dilation):
     """The window of `padded` that each tap of the kernel meets, as ((row, column), (N, height, width, C))."""
     n, _, _, c = padded.shape
@@ -60,11 +98,15 @@ def _pad(x, pairs, interior=0):
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pair, interior) for pair in pairs), (0, 0, 0)])
 
 
-def _shifted_products(x, kernel, stride, pairs, dilation):
+def _windows(x, kernel_size, stride, pairs, dilation):
     sides = [n + sum(pair) for n, pair in zip(x.shape[1:3], pairs, strict=True)]
-    size = [(n - (k - 1) * dilation - 1) // stride + 1 for n, k in zip(sides, kernel.shape[:2], strict=True)]
-    padded = _pad(x, pairs)
-    return sum(window * kernel[tap] for tap, window in _taps(padded, kernel.shape[:2], size, stride, dilation))
+    size = [(n - (k - 1) * dilation - 1) // stride + 1 for n, k in zip(sides, kernel_size, strict=True)]
+    return size, _taps(_pad(x, pairs), kernel_size, size, stride, dilation)
+
+
+def _shifted_products(x, kernel, stride, pairs, dilation):
+    _, windows = _windows(x, kernel.shape[:2], stride, pairs, dilation)
+    return sum(window * kernel[tap] for tap, window in windows)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

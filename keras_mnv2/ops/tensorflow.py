@@ -9,6 +9,10 @@ import tensorflow as tf
 from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import spatial_padding
 
+calls_directly = default.calls_directly
+block_in_chunks = default.block_in_chunks
+lay_out_kernel = default.lay_out_kernel
+network_in_chunks = default.network_in_chunks
 relu6 = tf.nn.relu6
 
 

@@ -8,7 +8,46 @@ import keras
 import torch
 import torch.nn.functional as F
 
+from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import spatial_padding
+
+# Hidden activations of this size stay in the cache, and below the 32 MB from which glibc maps and unmaps
+# the memory of each tensor (20 ms for 100 MB).
+CHUNK_BYTES = 20e6
+
+# Blocks only: the whole network in chunks would call each layer again for each, at 5 ms a chunk.
+network_in_chunks = default.network_in_chunks
+
+
+def calls_directly(x, dtype):
+    """See `keras_mnv2.ops.default.calls_directly`."""
+    return type(x) is torch.Tensor and x.dtype is torch.float32 and dtype == "float32"
+
+
+def lay_out_kernel(kernel):
+    """Orders the kernel in memory as PyTorch's convolutions read it, height and width last; the shape stays.
+
+    Otherwise they copy it at each call: 1.2 ms of 7 at batch 1.
+    """
+    if tuple(kernel.shape[:2]) == (1, 1):
+        return  # One image goes to a matrix product, which reads it as it is.
+    kernel.value.data = kernel.value.data.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+
+
+def block_in_chunks(function, x, hidden_size):
+    """See `keras_mnv2.ops.default.block_in_chunks`."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(x)
+    count = max(1, int(CHUNK_BYTES / (hidden_size * x.element_size())))
+    if count >= len(x):
+        return function(x)
+    chunks = x.split(count)
+    first = function(chunks[0])
+    y = first.new_empty((len(x), *first.shape[1:]))
+    y[:count] = first
+    for i, chunk in enumerate(chunks[1:], 1):
+        y[i * count : i * count + len(chunk)] = function(chunk)
+    return y
 
 
 def relu6(x):
@@ -23,6 +62,12 @@ def relu6(x):
 
 def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
     """See `keras_mnv2.ops.default.convolution`."""
+    pointwise = bias is not None and tuple(kernel.shape[:2]) == (1, 1) and stride == 1
+    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if pointwise and eager and len(x) == 1 and data_format == "channels_last":
+        # 20 to 30 microseconds less than the convolution, of 50 to 120.
+        y = torch.addmm(bias, x.reshape(-1, x.shape[3]), kernel[0, 0])
+        return y.view(*x.shape[:3], -1)
     return _convolve(x, kernel.permute(3, 2, 0, 1), bias, stride, padding, dilation, data_format)
 
 

@@ -118,8 +118,8 @@ class ConvNormActivation(_Block):
         self.norm_epsilon = norm_epsilon
         self.data_format = data_format_name(data_format)
         self.norm = None
-        self.kernel = None
-        self.bias = None
+        self.kernel: Any = None
+        self.bias: Any = None
         self._fused_norm = False
 
     def build(self, input_shape):

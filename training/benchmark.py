@@ -1,28 +1,36 @@
 """`python -m training.benchmark`: images per second beside other implementations, in one run.
 
 Each contender has a process of its own; they take turns, several rounds (A B A B), so that a machine that
-slows down slows all of them. The table shows medians, the spread of the rounds, ratios and peak memory.
+slows down slows all of them. The table shows medians, the spread of the rounds, ratios to the peers (above 1:
+faster than the peer), the share of the machine's peak, measured as a product of matrices, and peak memory.
 """
 
-import json
+import importlib.metadata
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import matplotlib.figure
 import tyro
 
-from training.contenders import MODES
-from training.train import versions, write_json
+from training import report
+from training.contenders import KERAS, PEERS
+from training.peers import PRODUCT_SIDE, Spec
+from training.turns import Bench, Contender
 
 BACKENDS = ("tensorflow", "jax", "torch")
-BATCH = {"inference": 32, "latency": 1, "training": 16}
+BATCH = {"inference": 32, "latency": 1, "training": 16, "fit": 16, "build": 1}
+GROWTH_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+GROWTH_SIZES = (96, 128, 160, 192, 224, 288, 352, 448)
+GROWTH_BATCH = 8
+PEAK = "matrix product"
+
+Peer = Literal["keras.applications", "torchvision", "torchvision-folded", "onnxruntime", "openvino", "litert"]
+Mode = Literal["inference", "latency", "training", "fit", "build", "growth"]
 
 
 @dataclass(frozen=True)
@@ -31,157 +39,197 @@ class Options:
 
     backend: Literal["all", "tensorflow", "jax", "torch"] = "all"
     """Backend of the Keras models."""
-    against: tuple[Literal["keras.applications", "torchvision"], ...] = ("keras.applications", "torchvision")
-    """What to measure beside keras_mnv2."""
-    mode: tuple[Literal["inference", "latency", "training"], ...] = MODES
-    """Forward passes, forward passes of one image, or training steps."""
+    against: tuple[Peer, ...] = ("keras.applications", *(name for name in PEERS if name != PEAK))
+    """What to measure beside keras_mnv2. The runtimes take part in inference and latency."""
+    mode: tuple[Mode, ...] = ("inference", "latency", "training")
+    """Forward passes; of one image; training steps; steps inside `model.fit`; import and build of the model; or how
+    time and memory of forward passes grow with batch and pixels."""
     alpha: float = 1.0
     """Width multiplier."""
     size: int = 224
     """Side of the images, in pixels."""
     batch: int | None = None
-    """Images a call; by default 32 for inference, 1 for latency, 16 for training."""
+    """Images a call, but for latency; by default 32 for inference, 16 for training and fit."""
+    fold: bool = True
+    """Fold the batch norms of keras_mnv2 for inference."""
     rounds: int = 3
     """Turns that each contender gets."""
     seconds: float = 3.0
-    """Length of a turn."""
+    """Length of a turn; at least three calls are made."""
     out: Path = field(default_factory=lambda: Path("runs") / f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}")
-    """Folder for results.json and chart.png."""
+    """Folder for results.json, chart.png and growth.png."""
+
+    def __post_init__(self):
+        for name in ("batch", "rounds"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Those of the Keras models."""
+        return BACKENDS if self.backend == "all" else (self.backend,)
+
+    def specs(self, mode: str, folder: str) -> list[Spec]:
+        """What takes part in a mode."""
+        batch = 1 if mode == "latency" else self.batch or BATCH[mode]
+        keras_models = [name for name in KERAS if name in ("keras_mnv2", *self.against)]
+        wanted = [(name, backend) for backend in self.backends for name in keras_models]
+        wanted += [(name, "") for name, (_, modes) in PEERS.items() if name in (*self.against, PEAK) and mode in modes]
+        return [Spec(*names, mode, self.alpha, self.size, batch, self.fold, folder) for names in wanted]
 
 
-class Contender:
-    """A process that runs one implementation when it is told to."""
-
-    def __init__(self, name: str, backend: str, mode: str, options: Options):
-        self.name = name if name == "torchvision" else f"{name}, {backend}"
-        self.batch = options.batch or BATCH[mode]
-        spec = {"contender": name, "mode": mode, "alpha": options.alpha, "size": options.size, "batch": self.batch}
-        # A file and not a pipe: nobody reads it while the process runs.
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed in `stop`)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "training.contenders", json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-            env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        )
-        self.medians: list[float] = []
-        self.peak_memory = 0
-        self.state = self._read()
-
-    def turn(self, seconds: float) -> None:
-        """Runs for so many seconds and keeps the median of a call."""
-        self.process.stdin.write(f"{seconds}\n")
-        self.process.stdin.flush()
-        found = self._read()
-        self.medians.append(statistics.median(found["times"]))
-        self.peak_memory = found["peak_memory"]
-
-    def stop(self) -> None:
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait()
-        self.errors.close()
-
-    def _read(self) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            self.errors.seek(0)
-            errors = self.errors.read().strip().splitlines()
-            raise RuntimeError(f"{self.name} failed: {errors[-1] if errors else 'no message'}")
-        return json.loads(line)
+def measure(mode: str, options: Options, bench: Bench, folder: str) -> tuple[list[dict], float | None]:
+    """Measures all contenders in one mode, in turns, and the peak in FLOP/s."""
+    found = bench.take_turns(options.specs(mode, folder), options.rounds, options.seconds)
+    peak = next((2 * PRODUCT_SIDE**3 / c.seconds for c in found if c.spec.contender == PEAK), None)
+    multiply_adds = cost(options)
+    rows = [row(c) for c in found if c.spec.contender != PEAK]
+    for found_row in rows:
+        speed = found_row["images_per_second"]
+        found_row["share_of_peak"] = report.share_of_peak(multiply_adds, mode, speed, peak)
+    return rows, peak
 
 
-def measure(mode: str, options: Options) -> list[dict]:
-    """Measures all contenders in one mode, in turns."""
-    backends = BACKENDS if options.backend == "all" else (options.backend,)
-    wanted = [(name, b) for b in backends for name in ("keras_mnv2", *options.against) if name != "torchvision"]
-    wanted += [("torchvision", "torch")] if "torchvision" in options.against else []
-    contenders = []
-    for name, backend in wanted:
-        contender = Contender(name, backend, mode, options)
-        if "missing" in contender.state:
-            print(f"{contender.name} is missing: {contender.state['missing']}")
-        else:
-            contenders.append(contender)
+def row(contender: Contender) -> dict:
+    """What was measured of a contender."""
+    spec, facts = contender.spec, contender.facts
+    return {
+        "mode": spec.mode,
+        "contender": spec.label,
+        "batch": spec.batch,
+        "seconds": contender.seconds,
+        "milliseconds": 1000 * contender.seconds,
+        "images_per_second": spec.batch / contender.seconds,
+        "spread": spread(contender.medians),
+        "start_seconds": facts["start_seconds"],
+        "peak_memory_mib": facts["peak_memory"] / 2**20,
+        "device_memory_mib": facts["device_memory"] / 2**20 or None,
+    }
+
+
+def spread(values: list[float]) -> float:
+    """Range over the median."""
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def measure_build(options: Options, bench: Bench, folder: str) -> list[dict]:
+    """Measures import and build, each time in a new process; the contenders take turns."""
+    specs = options.specs("build", folder)
+    taken: dict[str, list[dict]] = {}
     for _ in range(options.rounds):
-        for contender in contenders:
-            contender.turn(options.seconds)
+        for spec in specs:
+            for contender in bench.take_turns([spec], 0, 0):
+                taken.setdefault(spec.label, []).append(contender.facts)
     rows = []
-    for contender in contenders:
-        contender.stop()
-        seconds = statistics.median(contender.medians)
+    for label, turns in taken.items():
+        totals = [turn["import_seconds"] + turn["build_seconds"] for turn in turns]
         rows.append(
             {
-                "mode": mode,
-                "contender": contender.name,
-                "batch": contender.batch,
-                "milliseconds": 1000 * seconds,
-                "images_per_second": contender.batch / seconds,
-                "spread": (max(contender.medians) - min(contender.medians)) / seconds,
-                "build_seconds": contender.state["build_seconds"],
-                "peak_memory_mib": contender.peak_memory / 2**20,
+                "mode": "build",
+                "contender": label,
+                "seconds": statistics.median(totals),
+                "import_seconds": statistics.median(turn["import_seconds"] for turn in turns),
+                "build_seconds": statistics.median(turn["build_seconds"] for turn in turns),
+                "spread": spread(totals),
             }
         )
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """The rows as text, with the ratio to `keras.applications` on the same backend and to torchvision."""
-    speed = {(row["mode"], row["contender"]): row["images_per_second"] for row in rows}
-    head = ("contender", "batch", "ms", "images/s", "spread", "x keras", "x torchvision", "build, s", "MiB")
-    lines = []
-    for row in rows:
-        backend = row["contender"].partition(", ")[2]
-        peers = (speed.get((row["mode"], f"keras.applications, {backend}")), speed.get((row["mode"], "torchvision")))
-        ratios = [f"{row['images_per_second'] / peer:.2f}" if peer else "" for peer in peers]
-        lines.append(
-            (
-                row["contender"],
-                str(row["batch"]),
-                f"{row['milliseconds']:.1f}",
-                f"{row['images_per_second']:.1f}",
-                f"{row['spread']:.0%}",
-                *ratios,
-                f"{row['build_seconds']:.2f}",
-                f"{row['peak_memory_mib']:.0f}",
-            )
-        )
-    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
-    cells = [
-        [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        for line in (head, *lines)
-    ]
-    return "\n".join("  ".join(line) for line in cells)
+def measure_growth(options: Options, bench: Bench, folder: str) -> list[dict]:
+    """Measures forward passes at growing batches and sizes, each in a new process, whose peak memory is its own."""
+    points = []
+    for backend in options.backends:
+        spec = Spec("keras_mnv2", backend, "growth", options.alpha, options.size, 1, options.fold, folder)
+        specs = [("batch", replace(spec, batch=batch)) for batch in GROWTH_BATCHES]
+        specs += [("pixels", replace(spec, size=size, batch=GROWTH_BATCH)) for size in GROWTH_SIZES]
+        for axis, point in specs:
+            for contender in bench.take_turns([point], 1, options.seconds):
+                facts = contender.facts
+                memory = facts["device_memory"] or facts["peak_memory"] - facts["resident_memory"]
+                points.append(
+                    {
+                        "backend": backend,
+                        "axis": axis,
+                        "batch": point.batch,
+                        "pixels": point.size**2,
+                        "seconds": contender.seconds,
+                        "memory_mib": memory / 2**20,
+                    }
+                )
+    return points
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Draws images per second as bars, one panel a mode."""
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-    figure = matplotlib.figure.Figure(figsize=(9, 2.6 * len(modes)), layout="constrained")
-    for axes, mode in zip(figure.subplots(len(modes), 1, squeeze=False)[:, 0], modes, strict=True):
-        shown = [row for row in rows if row["mode"] == mode][::-1]
-        colours = ["tab:blue" if row["contender"].startswith("keras_mnv2") else "tab:gray" for row in shown]
-        bars = axes.barh([r["contender"] for r in shown], [r["images_per_second"] for r in shown], color=colours)
-        axes.bar_label(bars, fmt="%.0f", padding=3)
-        axes.set(title=f"{mode}, batch {shown[0]['batch']}", xlabel="images/s")
-        axes.margins(x=0.1)
-    figure.savefig(path, format="png", dpi=120)
+def cost(options: Options) -> int:
+    """Multiply-adds for one image."""
+    import keras_mnv2
+
+    shape = (options.size, options.size, 3)
+    return keras_mnv2.cost_profile(alpha=options.alpha, input_shape=shape, print_fn=None).multiply_adds
+
+
+def all_versions() -> dict[str, str]:
+    """Versions of what takes part, as far as it is installed."""
+    from training.train import versions
+
+    found = versions()
+    for package in ("torchvision", "onnxruntime", "openvino", "ai-edge-litert"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def run(options: Options) -> bool:
+    """Measures one mode after the other, and keeps the results after each; False where a contender failed."""
+    from training.train import write_json
+
+    bench = Bench()
+    results = {"options": asdict(options), "versions": all_versions(), "peak_flops": {}, "rows": [], "growth": []}
+    title = f"alpha {options.alpha}, {options.size}x{options.size}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in options.mode:
+            if mode == "growth":
+                results["growth"] = measure_growth(options, bench, folder)
+                print(f"\ngrowth, {title}\n{report.growth_table(results['growth'])}", flush=True)
+                report.draw_growth(results["growth"], options.out / "growth.png")
+            else:
+                if mode == "build":
+                    rows, peak = measure_build(options, bench, folder), None
+                else:
+                    rows, peak = measure(mode, options, bench, folder)
+                results["rows"] += rows
+                report.compare(results["rows"])
+                print(f"\n{mode}, {title}\n{report.table(rows)}", flush=True)
+                if peak:
+                    results["peak_flops"][mode] = peak
+                    print(
+                        f"peak: {peak / 1e9:.0f} GFLOP/s (float32, {PRODUCT_SIDE}x{PRODUCT_SIDE} matrices)", flush=True
+                    )
+                report.draw_bars(results["rows"], options.out / "chart.png")
+            results["missing"] = bench.missing
+            results["failed"] = [asdict(spec) | {"error": error} for spec, error in bench.failed.items()]
+            write_json(options.out / "results.json", results)
+    return not bench.failed
 
 
 def main() -> None:
     """Measures what the command line asks for."""
-    options = tyro.cli(Options, description=__doc__)
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
-    for mode in options.mode:
-        found = measure(mode, options)
-        print(f"\n{mode}, alpha {options.alpha}, {options.size}x{options.size}\n{table(found)}", flush=True)
-        rows += found
-        write_json(options.out / "results.json", {"options": asdict(options), "versions": versions(), "rows": rows})
-    draw(rows, options.out / "chart.png")
-    print(f"\nresults.json and chart.png are in {options.out}")
+    try:
+        options = tyro.cli(Options, description=__doc__)
+        # This process computes nothing, but what it imports from here on asks for a backend.
+        os.environ.setdefault("KERAS_BACKEND", options.backends[0])
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        cost(options)  # Says what is wrong with alpha or size before anything runs.
+        fine = run(options)
+    except ValueError as error:
+        sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        sys.exit("Interrupted: results.json has the modes that were complete.")
+    print(f"\nresults.json and the charts are in {options.out}")
+    sys.exit(0 if fine else 1)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,38 @@ the asked seconds and answers with the seconds of each call. It is idle in betwe
 take turns.
 """
 
+import importlib
 import json
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-MODES = ("inference", "latency", "training")
+from training import peers
+from training.peers import Spec, images
+
+FIT_STEPS = 8
+FORWARD = ("inference", "latency", "growth")
+KERAS = ("keras_mnv2", "keras.applications")
+# The others, and the modes that each knows.
+PEERS = {
+    "torchvision": (peers.torchvision_eager, ("inference", "latency", "training")),
+    "torchvision-folded": (peers.torchvision_folded, ("inference", "latency")),
+    "onnxruntime": (peers.onnxruntime_session, ("inference", "latency")),
+    "openvino": (peers.openvino_request, ("inference", "latency")),
+    "litert": (peers.litert_interpreter, ("inference", "latency")),
+    "matrix product": (peers.matrix_product, ("inference", "latency", "training", "fit")),
+}
 
 
 def main() -> None:
     """Serves one contender over standard input and output."""
-    spec = json.loads(sys.argv[1])
+    spec = Spec(**json.loads(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What a library prints must not mix with the answers.
 
@@ -27,15 +44,27 @@ def main() -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
-    start = time.perf_counter()
     try:
-        call, built = CONTENDERS[spec["contender"]](**{k: spec[k] for k in ("mode", "alpha", "size", "batch")})
-    except ImportError as error:
-        answer(missing=str(error))
+        serve(spec, answer)
+    except ModuleNotFoundError as error:
+        answer(missing=(error.name or str(error)).partition(".")[0])
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), "no message")
+        answer(failed=f"{type(error).__name__}: {first}")
+
+
+def serve(spec: Spec, answer: Callable[..., None]) -> None:
+    """Builds the contender, warms it up, and runs it for each line of the input."""
+    start = time.perf_counter()
+    if spec.contender in KERAS:
+        call, facts = keras_contender(spec)
+    else:
+        call, facts = PEERS[spec.contender][0](spec), {}
+    if spec.mode == "build":
+        answer(**facts)
         return
-    for _ in range(3):
-        call()
-    answer(ready=True, build_seconds=built, start_seconds=time.perf_counter() - start)
+    call(), call()
+    answer(**facts, start_seconds=time.perf_counter() - start)
     for line in sys.stdin:
         seconds, times = float(line), []
         call()  # Wakes the threads.
@@ -43,78 +72,74 @@ def main() -> None:
             before = time.perf_counter()
             call()
             times.append(time.perf_counter() - before)
-        # Linux counts in KiB, macOS in bytes.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        answer(times=times, peak_memory=peak)
+        answer(times=times, peak_memory=process_memory("VmHWM"), device_memory=device_memory(spec.backend or "torch"))
 
 
-def _images(size: int, batch: int) -> np.ndarray:
-    return np.random.default_rng(0).uniform(-1, 1, (batch, size, size, 3)).astype("float32")
+def keras_contender(spec: Spec) -> tuple[Callable[[], object], dict]:
+    """The call of a Keras model, and what its start took: seconds and resident memory."""
+    importlib.import_module("keras")
+    start = time.perf_counter()
+    importlib.import_module(spec.contender)
+    facts = {"import_seconds": time.perf_counter() - start, "steps": FIT_STEPS if spec.mode == "fit" else 1}
+    if spec.mode == "growth":
+        # What a framework loads at its first call depends on neither batch nor size.
+        small = replace(spec, size=32, batch=1)
+        keras_call(keras_model(small), small)()
+    facts["resident_memory"] = process_memory("VmRSS")
+    start = time.perf_counter()
+    model = keras_model(spec)
+    facts["build_seconds"] = time.perf_counter() - start
+    return keras_call(model, spec), facts
 
 
-def _keras_call(model, mode: str, size: int, batch: int) -> Callable[[], object]:
+def keras_model(spec: Spec):
+    """keras.applications' model or ours; ours without batch norms where only forward passes are wanted."""
+    module = importlib.import_module(spec.contender)
+    model = module.MobileNetV2((spec.size, spec.size, 3), alpha=spec.alpha, weights=None)
+    fold = spec.contender == "keras_mnv2" and spec.fold and spec.mode in FORWARD
+    return module.fold_batch_norm(model) if fold else model
+
+
+def keras_call(model, spec: Spec) -> Callable[[], object]:
+    """One prediction, training step or short fit, from NumPy arrays."""
     import keras
 
-    x, y = _images(size, batch), np.arange(batch) % 1000
-    if mode != "training":
+    x, y = images(spec), np.arange(spec.batch) % 1000
+    if spec.mode in FORWARD:
         return lambda: model.predict_on_batch(x)
-    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "sparse_categorical_crossentropy")
+    optimizer, loss = keras.optimizers.SGD(0.01, momentum=0.9), "sparse_categorical_crossentropy"
+    if spec.mode == "fit":
+        model.compile(optimizer, loss, metrics=["accuracy"])
+        many_x, many_y = np.concatenate([x] * FIT_STEPS), np.concatenate([y] * FIT_STEPS)
+        return lambda: model.fit(many_x, many_y, batch_size=spec.batch, verbose=0)
+    model.compile(optimizer, loss)
     return lambda: model.train_on_batch(x, y)
 
 
-def keras_mnv2_model(mode: str, alpha: float, size: int, batch: int):
-    """This package's model; numpy in and out, as `predict_on_batch` and `train_on_batch` take it."""
-    import keras_mnv2
+def process_memory(field: str) -> int:
+    """Bytes of this process: its peak (`VmHWM`) or what it holds now (`VmRSS`).
 
-    start = time.perf_counter()
-    model = keras_mnv2.MobileNetV2((size, size, 3), alpha=alpha, weights=None)
-    return _keras_call(model, mode, size, batch), time.perf_counter() - start
-
-
-def keras_applications(mode: str, alpha: float, size: int, batch: int):
-    """Keras's own model, called in the same way."""
-    import keras
-
-    start = time.perf_counter()
-    model = keras.applications.MobileNetV2((size, size, 3), alpha=alpha, weights=None)
-    return _keras_call(model, mode, size, batch), time.perf_counter() - start
+    Without Linux's /proc both are the peak that getrusage knows.
+    """
+    try:
+        # Not getrusage: on Linux its peak starts at that of the parent.
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def torchvision_eager(mode: str, alpha: float, size: int, batch: int):
-    """torchvision's model in eager mode and channels-last memory, with a plain training loop."""
-    import torch
-    import torchvision
+def device_memory(framework: str) -> int:
+    """Peak bytes that the framework took on a GPU; 0 where it uses none."""
+    module = sys.modules.get(framework)
+    if framework == "tensorflow" and module and module.config.list_physical_devices("GPU"):
+        return module.config.experimental.get_memory_info("GPU:0")["peak"]
+    if framework == "jax" and module and module.default_backend() == "gpu":
+        return module.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if framework == "torch" and module and module.cuda.is_available():
+        return module.cuda.max_memory_allocated()
+    return 0
 
-    start = time.perf_counter()
-    model = torchvision.models.mobilenet_v2(width_mult=alpha).to(memory_format=torch.channels_last)
-    built = time.perf_counter() - start
-    x, y = torch.from_numpy(_images(size, batch)).permute(0, 3, 1, 2), torch.arange(batch) % 1000
-    if mode != "training":
-        model.eval()
-
-        def infer():
-            with torch.inference_mode():
-                return model(x).numpy()
-
-        return infer, built
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-
-    def step():
-        optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step, built
-
-
-CONTENDERS = {
-    "keras_mnv2": keras_mnv2_model,
-    "keras.applications": keras_applications,
-    "torchvision": torchvision_eager,
-}
 
 if __name__ == "__main__":
     main()

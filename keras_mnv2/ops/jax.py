@@ -51,6 +51,7 @@ def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, d
     if _on_cpu() and kernel.shape[2] <= 4 and data_format == "channels_last":
         # The stem, as a matrix product of its windows: 1.7 ms instead of 3.6 for four images.
         pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, dilation)
+        assert pairs is not None
         _, windows = _windows(x, kernel.shape[:2], stride, tuple(pairs), dilation)
         columns = jnp.concatenate([window for _, window in windows], -1)
         y = _product(columns, kernel.reshape(-1, kernel.shape[3]))

@@ -1,0 +1,252 @@
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from tests.helpers import randomise, relative_difference
+from training import benchmark, peers, report, turns
+from training.contenders import PEERS
+from training.peers import Spec
+
+BACKEND = keras.backend.backend()
+TINY = ["--backend", BACKEND, "--alpha", "0.35", "--size", "32", "--rounds", "1", "--seconds", "0.05"]
+# One backend stands for all where the backend makes no difference to the code: each run takes seconds.
+MODES = {"tensorflow": ["inference", "build"], "jax": ["inference"], "torch": ["training", "fit"]}[BACKEND]
+PEERS_HERE = {"tensorflow": ["litert"], "jax": ["openvino", "onnxruntime"], "torch": ["torchvision-folded"]}[BACKEND]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_command_measures_and_leaves_table_json_and_chart(tmp_path):
+    arguments = ["--against", "keras.applications", "--mode", *MODES, "--batch", "2", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "training.benchmark", *TINY, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=turns.ROOT)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    names = [f"keras_mnv2, {BACKEND}", f"keras.applications, {BACKEND}"]
+    expected = [(mode, name) for mode in MODES for name in names]
+    assert [(row["mode"], row["contender"]) for row in results["rows"]] == expected
+    ours, theirs = results["rows"][:2]
+    assert ours["batch"] == 2
+    assert ours["images_per_second"] == pytest.approx(2 / ours["seconds"])
+    assert ours["ratios"] == {"keras": pytest.approx(theirs["seconds"] / ours["seconds"])}
+    assert theirs["ratios"]["keras"] == 1
+    assert 0 < ours["share_of_peak"] < 1
+    assert 50 < ours["peak_memory_mib"] < 20000
+    assert results["peak_flops"][MODES[0]] > 1e9
+    assert results["options"]["alpha"] == 0.35
+    assert results["versions"]["keras"] == keras.__version__
+    assert (results["missing"], results["failed"], results["growth"]) == ({}, [], [])
+    for word in (*names, "x keras", "of peak", "GFLOP/s", f"{ours['milliseconds']:.1f}"):
+        assert word in done.stdout
+    assert "x torchvision" not in done.stdout
+    assert (tmp_path / "chart.png").read_bytes().startswith(PNG)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "chart.png"}
+    for row in results["rows"][2:]:
+        if row["mode"] == "build":
+            assert row["seconds"] == pytest.approx(row["import_seconds"] + row["build_seconds"])
+            assert 0 < row["import_seconds"] < row["build_seconds"]
+        else:
+            assert row["ratios"]["train_on_batch"] > 0
+
+
+def test_growth_is_measured_in_a_process_a_point(monkeypatch):
+    monkeypatch.setattr(benchmark, "GROWTH_BATCHES", (64,))
+    monkeypatch.setattr(benchmark, "GROWTH_SIZES", ())
+    bench = turns.Bench()
+    options = benchmark.Options(backend=BACKEND, alpha=0.35, size=64, seconds=0.05)
+    (point,) = benchmark.measure_growth(options, bench, "")
+    assert not bench.failed
+    assert (point["backend"], point["axis"], point["batch"], point["pixels"]) == (BACKEND, "batch", 64, 64**2)
+    assert point["seconds"] > 0
+    # At least the batch and its largest activations; less than a framework takes.
+    assert 64 * 64 * 64 * 3 * 4 / 2**20 < point["memory_mib"] < 400
+
+
+SHADOWS = {
+    "openvino": "raise ModuleNotFoundError('No module named openvino', name='openvino')",
+    "torch": "raise ModuleNotFoundError('No module named torch', name='torch')",
+    "ai_edge_litert": "raise RuntimeError('broken on purpose')",
+    "onnxruntime": "import os; print('last words', file=__import__('sys').stderr, flush=True); os._exit(3)",
+}
+
+
+def test_missing_and_failing_contenders_are_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    for name, code in SHADOWS.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(benchmark, "KERAS", ())
+    wanted = ["--against", "torchvision", "onnxruntime", "openvino", "litert", "--mode", "inference", "latency"]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *TINY, *wanted, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 1
+    printed = capsys.readouterr().out
+    assert printed.count("torchvision is missing: it needs the package torch\n") == 1
+    assert printed.count("openvino is missing: it needs the package openvino\n") == 1
+    assert "litert failed (inference, batch 32, size 32): RuntimeError: broken on purpose\n" in printed
+    assert "onnxruntime failed (latency, batch 1, size 32): the process ended with status 3. last words\n" in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["missing"] == {"torchvision": "torch", "openvino": "openvino"}
+    assert [(problem["contender"], problem["mode"]) for problem in results["failed"]] == [
+        ("onnxruntime", "inference"),
+        ("litert", "inference"),
+        ("onnxruntime", "latency"),
+        ("litert", "latency"),
+    ]
+    # Without PyTorch, NumPy's product is the peak.
+    assert set(results["peak_flops"]) == {"inference", "latency"}
+
+
+@pytest.mark.parametrize("name", PEERS_HERE)
+def test_a_peer_computes_the_network_that_it_stands_for(name, tmp_path, monkeypatch, rng):
+    spec = Spec(name, "", "inference", 0.35, 64, 2, True, str(tmp_path))
+    if name == "litert":
+        # Untrained, it gives 0.001 for each class whatever the image.
+        model = keras.applications.MobileNetV2((64, 64, 3), alpha=0.35, weights=None)
+        randomise(model, rng)
+        monkeypatch.setattr(keras.applications, "MobileNetV2", lambda shape, alpha, weights: model)
+        monkeypatch.setattr(peers, "_convert", lambda export, spec: export(spec))
+        expected = model.predict_on_batch(peers.images(spec))
+    else:
+        expected = peers.torchvision_eager(spec)()
+    assert expected.std() > 0.1 * np.abs(expected.mean())
+    found = PEERS[name][0](spec)()
+    assert found.shape == (2, 1000)
+    assert relative_difference(found, expected) < 1e-4
+
+
+def test_the_runtimes_take_part_in_forward_passes_only():
+    options = benchmark.Options(backend=BACKEND)
+    forward = {f"{name}, {BACKEND}" for name in benchmark.KERAS} | set(PEERS)
+    assert {spec.label for spec in options.specs("inference", "")} == forward
+    runtimes = {"torchvision-folded", "onnxruntime", "openvino", "litert"}
+    assert {spec.label for spec in options.specs("training", "")} == forward - runtimes
+    assert {spec.label for spec in options.specs("fit", "")} == forward - runtimes - {"torchvision"}
+    assert {spec.batch for spec in options.specs("training", "")} == {16}
+    assert {spec.batch for spec in benchmark.Options(batch=8).specs("latency", "")} == {1}
+
+
+def test_an_interrupt_leaves_no_process_behind(monkeypatch):
+    started = []
+
+    def interrupted(contender, seconds):
+        started.append(contender.process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(turns.Contender, "turn", interrupted)
+    spec = Spec("matrix product", "", "inference", 0.35, 32, 1, True, "")
+    with pytest.raises(KeyboardInterrupt):
+        turns.Bench().take_turns([spec], 1, 1.0)
+    assert started[0].returncode < 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(started[0].pid, 0)
+
+
+def test_contenders_take_turns(monkeypatch):
+    order = []
+
+    class Fake:
+        def __init__(self, spec):
+            self.spec = spec
+
+        def start(self):
+            order.append(f"start {self.spec.label}")
+
+        def turn(self, seconds):
+            order.append(self.spec.label)
+            if self.spec.label == "b" and order.count("b") == 2:
+                raise turns.ContenderError("out of breath")
+
+        def stop(self):
+            order.append(f"stop {self.spec.label}")
+
+    monkeypatch.setattr(turns, "Contender", Fake)
+    bench = turns.Bench()
+    specs = [Spec(name, "", "inference", 1.0, 32, 1, True, "") for name in "abc"]
+    assert [c.spec.label for c in bench.take_turns(specs, 3, 1.0)] == ["a", "c"]
+    assert order[:3] == ["start a", "start b", "start c"]
+    assert order[3:11] == ["a", "b", "c", "a", "b", "c", "a", "c"]
+    assert sorted(order[11:]) == ["stop a", "stop b", "stop c"]
+    assert bench.failed == {specs[1]: "out of breath"}
+
+
+def rows_by_hand():
+    seconds = {"keras_mnv2, jax": 0.1, "keras.applications, jax": 0.4, "keras_mnv2, torch": 0.2, "torchvision": 0.3}
+    return [{"mode": "training", "contender": name, "seconds": value} for name, value in seconds.items()]
+
+
+def test_ratios_are_to_the_same_backend_and_mode():
+    rows = [*rows_by_hand(), {"mode": "fit", "contender": "keras_mnv2, jax", "seconds": 0.2}]
+    report.compare(rows)
+    assert rows[0]["ratios"] == pytest.approx({"keras": 4, "torchvision": 3})
+    assert rows[1]["ratios"] == pytest.approx({"keras": 1, "torchvision": 0.75})
+    assert rows[2]["ratios"] == pytest.approx({"torchvision": 1.5})
+    assert rows[4]["ratios"] == pytest.approx({"train_on_batch": 0.5})
+
+
+def test_the_table_has_the_columns_that_were_measured():
+    rows = [row | {"spread": 0.05} for row in rows_by_hand()]
+    report.compare(rows)
+    lines = report.table(rows).splitlines()
+    assert [cell.strip() for cell in lines[0].split("  ") if cell] == [
+        "contender",
+        "spread",
+        "x keras",
+        "x torchvision",
+    ]
+    assert lines[1].split() == ["keras_mnv2,", "jax", "5%", "4.00", "3.00"]
+    assert lines[3].split() == ["keras_mnv2,", "torch", "5%", "1.50"]
+    assert len({len(line) for line in lines}) == 1
+    assert report.table([]) == "nothing was measured"
+
+
+def test_the_share_of_the_peak():
+    # 300 million multiply-adds are 0.6 GFLOP: at 100 images/s 60 GFLOP/s.
+    assert report.share_of_peak(300_000_000, "inference", 100.0, 120e9) == pytest.approx(0.5)
+    assert report.share_of_peak(300_000_000, "training", 100.0, 360e9) == pytest.approx(0.5)
+    assert report.share_of_peak(300_000_000, "inference", 100.0, None) is None
+
+
+def test_the_slope_is_that_of_the_upper_half():
+    x = np.array([1, 2, 4, 8, 16, 32])
+    assert report.slope(x, 3 * x**2) == pytest.approx(2)
+    assert report.slope(x, np.array([5, 5, 5, 8, 16, 32])) == pytest.approx(1)
+    assert report.slope([1, 4], [1, 2]) == pytest.approx(0.5)
+    assert report.slope([1], [1]) is None
+
+
+def points_by_hand():
+    batch = [
+        {"backend": "jax", "axis": "batch", "batch": b, "pixels": 1024, "seconds": b, "memory_mib": 10}
+        for b in (1, 2, 4, 8)
+    ]
+    return [*batch, {"backend": "jax", "axis": "pixels", "batch": 8, "pixels": 1024, "seconds": 1, "memory_mib": 1}]
+
+
+def test_growth_has_a_line_for_each_curve():
+    lines = report.growth_table(points_by_hand()).splitlines()
+    assert lines[1].split() == ["jax", "batch", "1", "8", "1000.0", "8000.0", "1.00", "10.0", "10.0", "0.00"]
+    assert lines[2].split() == ["jax", "pixels", "1024", "1024", "1000.0", "1000.0", "1.0", "1.0"]
+    assert report.growth_table([]) == "nothing was measured"
+
+
+def test_growth_is_drawn(tmp_path):
+    report.draw_growth(points_by_hand(), tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(PNG)
+    assert [path.name for path in tmp_path.iterdir()] == ["growth.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--alpha", "0"], "alpha"), (["--size", "16"], "input_shape"), (["--rounds", "0"], "rounds must be at least 1")],
+)
+def test_a_bad_option_ends_in_one_sentence(arguments, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *arguments, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert message in f"{ended.value.code}{capsys.readouterr().err}"
+    assert not (tmp_path / "out").exists()

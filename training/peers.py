@@ -1,0 +1,209 @@
+"""Implementations other than Keras that the benchmark measures, and the machine's matrix product.
+
+Each is a function from a `Spec` to a call without arguments that runs the network once, from NumPy arrays to
+NumPy arrays as `predict_on_batch` does, or one training step. Frameworks are imported inside, so that a process
+holds only its own.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PRODUCT_SIDE = 2048
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a contender's process is told.
+
+    Attributes:
+        contender: its name.
+        backend: Keras's, empty for a contender that is not a Keras model.
+        mode: inference, latency, training, fit, build or growth.
+        alpha: width multiplier.
+        size: side of the images, in pixels.
+        batch: images a call.
+        fold: whether to fold the batch norms of keras_mnv2 for inference.
+        folder: for temporary files; whoever starts the process removes it.
+    """
+
+    contender: str
+    backend: str
+    mode: str
+    alpha: float
+    size: int
+    batch: int
+    fold: bool
+    folder: str
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        return f"{self.contender}, {self.backend}" if self.backend else self.contender
+
+
+def images(spec: Spec) -> np.ndarray:
+    """Random images (NHWC, -1 to 1)."""
+    return np.random.default_rng(0).uniform(-1, 1, (spec.batch, spec.size, spec.size, 3)).astype("float32")
+
+
+def torchvision_eager(spec: Spec) -> Callable[[], object]:
+    """torchvision's model in eager mode and channels-last memory, with a plain training loop."""
+    import torch
+
+    model = _torchvision_model(spec)
+    if spec.mode != "training":
+        return _torch_inference(model.eval(), spec)
+    model = model.to(_torch_device(), memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    x = torch.from_numpy(images(spec)).permute(0, 3, 1, 2)
+    y = torch.arange(spec.batch) % 1000
+
+    def step():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x.to(_torch_device())), y.to(_torch_device()))
+        loss.backward()
+        optimizer.step()
+        return loss.item()  # Waits for the device.
+
+    return step
+
+
+def torchvision_folded(spec: Spec) -> Callable[[], object]:
+    """The same model with PyTorch's own folding of batch norms, in eager mode and channels-last memory."""
+    from torch.fx.experimental.optimization import fuse
+
+    return _torch_inference(fuse(_torchvision_model(spec).eval()), spec)
+
+
+def _torchvision_model(spec: Spec):
+    import torch
+    import torchvision
+
+    torch.manual_seed(0)
+    return torchvision.models.mobilenet_v2(width_mult=spec.alpha)
+
+
+def _torch_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _torch_inference(model, spec: Spec) -> Callable[[], np.ndarray]:
+    import torch
+
+    model = model.to(_torch_device(), memory_format=torch.channels_last)
+    # Permuted NHWC is channels-last memory.
+    x = torch.from_numpy(images(spec)).permute(0, 3, 1, 2)
+
+    def infer():
+        with torch.inference_mode():
+            return model(x.to(_torch_device())).cpu().numpy()
+
+    return infer
+
+
+def onnxruntime_session(spec: Spec) -> Callable[[], np.ndarray]:
+    """torchvision's network as ONNX, run by ONNX Runtime."""
+    import onnxruntime
+
+    x = _nchw_images(spec)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = os.cpu_count()
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    session = onnxruntime.InferenceSession(_convert(export_onnx, spec), settings, providers=providers)
+    name = session.get_inputs()[0].name
+    return lambda: session.run(None, {name: x})[0]
+
+
+def openvino_request(spec: Spec) -> Callable[[], np.ndarray]:
+    """torchvision's network as ONNX, run by OpenVINO on the CPU: one request that has all cores."""
+    import openvino
+
+    x = _nchw_images(spec)
+    # On some CPUs OpenVINO would compute in bfloat16 by default.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(_convert(export_onnx, spec), "CPU", settings)
+    request = compiled.create_infer_request()
+    return lambda: request.infer([x])[0]
+
+
+def litert_interpreter(spec: Spec) -> Callable[[], np.ndarray]:
+    """keras.applications' network as a LiteRT file, run by LiteRT on the CPU."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    x = images(spec)
+    interpreter = Interpreter(_convert(export_litert, spec), num_threads=os.cpu_count())
+    source, target = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
+    interpreter.resize_tensor_input(source, x.shape)
+    interpreter.allocate_tensors()
+
+    def infer():
+        interpreter.set_tensor(source, x)
+        interpreter.invoke()
+        return interpreter.get_tensor(target)
+
+    return infer
+
+
+def _nchw_images(spec: Spec) -> np.ndarray:
+    return np.ascontiguousarray(images(spec).transpose(0, 3, 1, 2))
+
+
+def _convert(export: Callable[[Spec], str], spec: Spec) -> str:
+    # In a process of its own: the converter's memory and threads are not the runtime's.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(export, spec).result()
+
+
+def export_onnx(spec: Spec) -> str:
+    """Writes torchvision's network as ONNX with a fixed batch, and gives the path."""
+    import onnxscript  # noqa: F401 (the exporter needs it: when it is missing, it is named)
+    import torch
+
+    path = Path(spec.folder) / f"{spec.contender}-{spec.mode}.onnx"
+    x = torch.from_numpy(_nchw_images(spec))
+    torch.onnx.export(_torchvision_model(spec).eval(), (x,), path, dynamo=True, verbose=False)
+    return str(path)
+
+
+def export_litert(spec: Spec) -> str:
+    """Writes keras.applications' network as a LiteRT file, and gives the path."""
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    import keras
+    import tensorflow
+
+    keras.utils.set_random_seed(0)
+    model = keras.applications.MobileNetV2((spec.size, spec.size, 3), alpha=spec.alpha, weights=None)
+    path = Path(spec.folder) / f"{spec.contender}-{spec.mode}"
+    model.export(path, verbose=False)
+    file = path.with_suffix(".tflite")
+    # The converter's `from_keras_model` fails on Keras 3.
+    file.write_bytes(tensorflow.lite.TFLiteConverter.from_saved_model(str(path)).convert())
+    return str(file)
+
+
+def matrix_product(spec: Spec) -> Callable[[], object]:
+    """A product of two float32 matrices by PyTorch, or by NumPy where that is missing: the machine's peak."""
+    a, b = np.random.default_rng(0).uniform(-1, 1, (2, PRODUCT_SIDE, PRODUCT_SIDE)).astype("float32")
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return lambda: a @ b
+    torch.backends.cuda.matmul.allow_tf32 = False
+    x, y = (torch.from_numpy(array).to(_torch_device()) for array in (a, b))
+
+    def product():
+        result = x @ y
+        if result.is_cuda:
+            torch.cuda.synchronize()
+        return result
+
+    return product

@@ -185,7 +185,8 @@ def MobileNetV2(
     # The model takes in what `input_tensor` was computed from.
     sources = keras.utils.get_source_inputs(image)
     inputs = sources[0] if len(sources) == 1 else sources
-    model = Network(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
+    # A block of the caller's may keep losses or states of its own, which a loop over chunks would lose.
+    model = (Network if block is None else keras.Model)(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
     if weights is not None:
         model.load_weights(weights)
     return model

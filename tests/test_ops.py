@@ -96,14 +96,24 @@ def test_a_pointwise_convolution_of_one_image_or_more(batch, rng):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["convolution", "depthwise_convolution"])
-def test_convolutions_in_half_precision(name, dtype, rng):
+@pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2, "padding": "symmetric"}])
+def test_convolutions_and_gradients_in_half_precision(name, dtype, options, rng):
     x = rng.normal(size=(2, 9, 9, 8)).astype("float32")
     kernel = rng.normal(size=(3, 3, 8, 1 if "depth" in name else 4)).astype("float32")
-    exact = keras.ops.convert_to_numpy(getattr(ops, name)(*map(keras.ops.convert_to_tensor, (x, kernel)), stride=2))
-    low = getattr(ops, name)(keras.ops.cast(x, dtype), keras.ops.cast(kernel, dtype), stride=2)
-    assert keras.backend.standardize_dtype(low.dtype) == dtype
-    found = keras.ops.convert_to_numpy(keras.ops.cast(low, "float32"))
-    assert relative_difference(found, exact) <= (2e-2 if dtype == "bfloat16" else 2e-3)
+
+    def low(*tensors):
+        y = getattr(ops, name)(*(keras.ops.cast(t, dtype) for t in tensors), **options)
+        assert keras.backend.standardize_dtype(y.dtype) == dtype
+        return keras.ops.cast(y, "float32")
+
+    def exact(*tensors):
+        return getattr(default, name)(*tensors, **options)
+
+    limit = 2e-2 if dtype == "bfloat16" else 2e-3
+    tensors = [keras.ops.convert_to_tensor(a) for a in (x, kernel)]
+    assert relative_difference(*(keras.ops.convert_to_numpy(f(*tensors)) for f in (low, exact))) <= limit
+    pairs = zip(gradients(low, [x, kernel])[1:], gradients(exact, [x, kernel])[1:], strict=True)
+    assert max(relative_difference(a, b) for a, b in pairs) <= limit
 
 
 @pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])

@@ -7,6 +7,7 @@ import matplotlib.figure
 import numpy as np
 
 OURS = "keras_mnv2"
+PEERS = ("torchvision", "torchvision-folded", "onnxruntime", "openvino", "litert")
 # Heading: key of a row, format. A column that has no cell is left out.
 COLUMNS = {
     "contender": ("contender", "{}"),
@@ -18,7 +19,10 @@ COLUMNS = {
     "spread": ("spread", "{:.0%}"),
     "x keras": ("x keras", "{:.2f}"),
     "x torchvision": ("x torchvision", "{:.2f}"),
+    "x torchvision-folded": ("x torchvision-folded", "{:.2f}"),
     "x onnxruntime": ("x onnxruntime", "{:.2f}"),
+    "x openvino": ("x openvino", "{:.2f}"),
+    "x litert": ("x litert", "{:.2f}"),
     "x train_on_batch": ("x train_on_batch", "{:.2f}"),
     "of peak": ("share_of_peak", "{:.1%}"),
     "MiB": ("peak_memory_mib", "{:.0f}"),
@@ -29,17 +33,14 @@ COLUMNS = {
 def compare(rows: list[dict]) -> None:
     """Gives each row its ratios: how many times as fast it is as each reference that was measured.
 
-    The references are keras.applications on the same backend, torchvision and onnxruntime in the same mode, and
-    for a step of `fit` the same model's `train_on_batch`.
+    The references are keras.applications on the same backend, each other peer in the same mode, and for a step of
+    `fit` the same model's `train_on_batch`.
     """
     seconds = {(row["mode"], row["contender"]): row["seconds"] for row in rows}
     for row in rows:
         backend = row["contender"].partition(", ")[2]
-        references = {
-            "keras": (row["mode"], f"keras.applications, {backend}"),
-            "torchvision": (row["mode"], "torchvision"),
-            "onnxruntime": (row["mode"], "onnxruntime"),
-        }
+        references = {name: (row["mode"], name) for name in PEERS}
+        references["keras"] = (row["mode"], f"keras.applications, {backend}")
         if row["mode"] == "fit":
             references["train_on_batch"] = ("training", row["contender"])
         row["ratios"] = {

@@ -329,9 +329,10 @@ class InvertedResidual(_Block):
                 shape = conv.compute_output_shape(shape)
 
     def call(self, inputs, training=None):
-        if training or self.return_expansion:
+        sides = inputs.shape[1:3] if self.data_format == "channels_last" else inputs.shape[2:4]
+        if training or self.return_expansion or None in sides:
             return self._transform(inputs, training)
-        hidden = self.depthwise.filters * math.prod(self._sides(inputs.shape))
+        hidden = self.depthwise.filters * math.prod(sides)
         return ops.block_in_chunks(lambda x: self._transform(x, training), inputs, hidden)
 
     def _transform(self, inputs, training):
@@ -388,9 +389,6 @@ class InvertedResidual(_Block):
             "name": name,
         }
         return ConvNormActivation(filters, **{**common, **kwargs})
-
-    def _sides(self, shape):
-        return shape[1:3] if self.data_format == "channels_last" else shape[2:4]
 
     def _drop(self, x, training):
         return x if self.drop is None else self.drop(x, training=training)

@@ -46,7 +46,6 @@ def folded(model, rng, low=-1, high=1):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {},
         {"classifier_activation": None},
         {"include_top": False, "features": True, "input_shape": (None, None, 3)},
         {"include_top": False, "pooling": "max", "padding": "symmetric", "norm_epsilon": 1e-5},
@@ -64,14 +63,13 @@ def test_a_folded_model_gives_the_same_outputs(arguments, rng):
     assert not result.non_trainable_weights
 
 
-@pytest.mark.parametrize("alpha", [0.35, 1.0])
-def test_a_folded_model_gives_the_same_outputs_in_float32(alpha, rng):
-    model = small(alpha=alpha, input_shape=(96, 96, 3), classes=1000, inverted_residual_setting=None)
+def test_a_folded_model_gives_the_same_outputs_in_float32(rng):
+    model = small(alpha=1.0, input_shape=(96, 96, 3), classes=1000, inverted_residual_setting=None)
     images = rng.uniform(-1, 1, (16, 96, 96, 3)).astype("float32")
     randomise(model, rng, images)
     found, expected = (m.predict(images, verbose=0) for m in (keras_mnv2.fold_batch_norm(model), model))
     difference = relative_difference(found, expected)
-    note(f"folding, alpha {alpha}, float32: largest relative difference", difference)
+    note("folding in float32: largest relative difference", difference)
     assert difference <= 1e-5
 
 

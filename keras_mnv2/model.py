@@ -186,7 +186,8 @@ def MobileNetV2(
     sources = keras.utils.get_source_inputs(image)
     inputs = sources[0] if len(sources) == 1 else sources
     # A block of the caller's may keep losses or states of its own, which a loop over chunks would lose.
-    model = (Network if block is None else keras.Model)(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
+    model_class = Network if block is None else keras.Model
+    model = model_class(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
     if weights is not None:
         model.load_weights(weights)
     return model

@@ -112,7 +112,8 @@ def test_a_sequential_model_is_folded(rng):
     scaling = keras.layers.Normalization()
     scaling.adapt(rng.normal(3, 2, (8, *SIZE)))
     head = [keras.layers.Dropout(0.5), keras.layers.Dense(2)]
-    folded(keras.Sequential([keras.Input(SIZE), scaling, small(include_top=False, pooling="avg"), *head]), rng)
+    model = keras.Sequential([keras.Input(SIZE), scaling, small(include_top=False, pooling="avg"), *head])
+    assert [layer.name for layer in folded(model, rng).layers] == [layer.name for layer in model.layers]
 
 
 def test_a_folded_model_is_saved_and_trained_like_any_other(rng, tmp_path):

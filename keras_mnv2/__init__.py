@@ -5,7 +5,24 @@ from keras_mnv2.cost import CostProfile, cost_profile
 from keras_mnv2.export import export
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.model import MobileNetV2
-from keras_mnv2.preprocessing import preprocess_input
+from keras_mnv2.preprocessing import decode_predictions, preprocess_input, resize_and_crop
+from keras_mnv2.weights.load import load_weights, save_weights
+from keras_mnv2.weights.table import Checkpoint, Preprocessing, list_weights
 
 __version__ = "0.1.0"
-__all__ = ["CostProfile", "MobileNetV2", "cost_profile", "export", "fold_batch_norm", "layers", "preprocess_input"]
+__all__ = [
+    "Checkpoint",
+    "CostProfile",
+    "MobileNetV2",
+    "Preprocessing",
+    "cost_profile",
+    "decode_predictions",
+    "export",
+    "fold_batch_norm",
+    "layers",
+    "list_weights",
+    "load_weights",
+    "preprocess_input",
+    "resize_and_crop",
+    "save_weights",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -24,8 +25,18 @@ from keras_mnv2.build import apply_rows, classify, feature_names
 from keras_mnv2.layers import NORM_EPSILON, NORM_MOMENTUM, InvertedResidual
 from keras_mnv2.ops.padding import PADDINGS
 from keras_mnv2.preprocessing import preprocessing_layer
+from keras_mnv2.weights.load import checkpoint_of, classes_of, load_source, read_source
+from keras_mnv2.weights.table import HALF, Checkpoint, imagenet_checkpoint
 
 MIN_SIZE = 32
+# What a checkpoint decides, and what holds without one.
+DEFAULTS: dict[str, Any] = {
+    "alpha": 1.0,
+    "depth_multiplier": 1.0,
+    "fix_stem_head": False,
+    "padding": "same",
+    "norm_epsilon": NORM_EPSILON,
+}
 
 
 @keras.saving.register_keras_serializable("keras_mnv2")
@@ -44,12 +55,12 @@ class Network(keras.Model):
 
 def MobileNetV2(
     input_shape: tuple[int | None, ...] | None = None,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     include_top: bool = True,
-    weights: str | Path | None = "imagenet",
+    weights: str | os.PathLike | None = "imagenet",
     input_tensor: Any = None,
     pooling: str | None = None,
-    classes: int = 1000,
+    classes: int | None = None,
     classifier_activation: str | Callable | None = "softmax",
     name: str | None = None,
     *,
@@ -58,12 +69,12 @@ def MobileNetV2(
     block: Callable[..., keras.layers.Layer] | None = None,
     norm_layer: Any = "batch_norm",
     dropout: float = 0.2,
-    depth_multiplier: float = 1.0,
-    fix_stem_head: bool = False,
+    depth_multiplier: float | None = None,
+    fix_stem_head: bool | None = None,
     activation: str | Callable | None = "relu6",
-    padding: str = "same",
+    padding: str | None = None,
     norm_momentum: float = NORM_MOMENTUM,
-    norm_epsilon: float = NORM_EPSILON,
+    norm_epsilon: float | None = None,
     stochastic_depth: float = 0.0,
     stem_stride: int = 2,
     output_stride: int = 32,
@@ -75,20 +86,25 @@ def MobileNetV2(
     """Builds a MobileNetV2 (Sandler et al. 2018, arXiv 1801.04381).
 
     The positional arguments are those of `keras.applications.MobileNetV2`; the others have torchvision's
-    and timm's names.
+    and timm's names. Those that a checkpoint decides are None by default: `alpha`, `depth_multiplier`,
+    `fix_stem_head`, `padding`, `norm_epsilon` and `classes` are then the checkpoint's, or as said below.
 
     Args:
         input_shape: (height, width, channels), or (channels, height, width) with
             `data_format="channels_first"`. Sides of at least 32, or None for any; any number of channels.
-            By default 224x224x3, without the top (None, None, 3).
-        alpha: width multiplier of the paper.
+            By default the checkpoint's resolution or 224x224x3, without the top (None, None, 3).
+        alpha: width multiplier of the paper; 1.0 by default.
         include_top: whether the classifier is part of the model.
-        weights: None for random weights, or the path of a `.weights.h5` or `.keras` file that this
-            package wrote. The default "imagenet" stands for the published weights, which this version
-            cannot load yet: it raises an error that says so.
+        weights: what the model starts with; a checkpoint of `keras_mnv2.list_weights()` is downloaded once.
+            `"imagenet"`, the default, is Keras's checkpoint for this width and resolution (that of 224 pixels
+            where there is none, with a warning); a name such as `"torchvision/IMAGENET1K_V2"` is that one;
+            `"hf://OWNER/REPOSITORY"` one of the Hugging Face Hub; a path is a file in any of their layouts, or
+            one that this package wrote, see `keras_mnv2.load_weights`. A file of PyTorch's layouts brings
+            its padding and epsilon, unless they are given. None is random weights. Where the classifier has
+            another width than `classes`, or there is none, it stays random, and a line says so.
         input_tensor: a Keras tensor to build on.
         pooling: without the top, `"avg"` or `"max"` over the image, or None for the 4D tensor.
-        classes: of the classifier.
+        classes: of the classifier; by default the checkpoint's or 1000.
         classifier_activation: of the classifier; None gives logits.
         name: of the model.
         inverted_residual_setting: rows (t, c, n, s), expansion, channels, repeats and stride of each
@@ -103,16 +119,17 @@ def MobileNetV2(
         fix_stem_head: keeps stem, head, and the depth of the first and last stage as they are whatever
             `alpha` and `depth_multiplier` (timm's 110d and 120d).
         activation: of the hidden layers.
-        padding: `"same"` as TensorFlow pads, or `"symmetric"` as PyTorch does: checkpoints need the one
-            that they were trained with.
+        padding: `"same"` as TensorFlow pads, the default, or `"symmetric"` as PyTorch does: checkpoints need
+            the one that they were trained with.
         norm_momentum: share of the old moving statistics that one step keeps, 1 minus PyTorch's
             momentum. The default 0.9 is PyTorch's 0.1: a model trained from scratch validates within
             its first epochs. `keras.applications` has 0.999, which needs thousands of steps first.
-        norm_epsilon: 1e-3 as in Keras; PyTorch's checkpoints need 1e-5.
+        norm_epsilon: 1e-3 as in Keras by default; PyTorch's checkpoints need 1e-5.
         stochastic_depth: rate of the last block; it rises linearly from 0 (Huang et al. 2016).
         stem_stride: stride of the first convolution; 1 for images of 32x32.
         output_stride: 8, 16 or 32; later strides become dilations, with the same parameters.
-        include_preprocessing: whether the model takes raw images of 0..255 and scales them itself.
+        include_preprocessing: whether the model takes raw images of 0..255 and scales them itself, as the
+            checkpoint expects; to -1..1 without one.
         features: True for a dict of the last tensor at each stride, `stride_2` to `stride_32`, or the
             names of those that are wanted; also `stem`, `block_N`, `block_N_expand` (the expanded input)
             and `head`. Needs `include_top=False`.
@@ -124,7 +141,9 @@ def MobileNetV2(
         (batch, height / 32, width / 32, 1280), pooled (batch, 1280), or the dict of `features`.
 
     Raises:
-        ValueError: on an argument out of range; the message names it, its value and what is allowed.
+        ValueError: on an argument out of range or one that contradicts the checkpoint, and on a file that does
+            not fit; the message names it, its value and what is allowed.
+        ConnectionError: where a checkpoint cannot be downloaded; it names the address and where to put the file.
 
     Example:
 
@@ -132,7 +151,19 @@ def MobileNetV2(
     >>> tuple(model(np.zeros((2, 96, 96, 3))).shape)
     (2, 10)
     """
-    _check_weights(weights)
+    data_format = data_format_name(data_format)
+    given = {
+        "alpha": alpha,
+        "depth_multiplier": depth_multiplier,
+        "fix_stem_head": fix_stem_head,
+        "padding": padding,
+        "norm_epsilon": norm_epsilon,
+    }
+    sides = _known_sides(input_shape, input_tensor, data_format)
+    source, settings = _weights(weights, given, sides, include_top)
+    alpha, padding, norm_epsilon = settings["alpha"], settings["padding"], settings["norm_epsilon"]
+    width = source.classes if isinstance(source, Checkpoint) else classes_of(source) if source else 0
+    classes = (width or 1000) if classes is None else classes
     check_choice("padding", padding, PADDINGS)
     check_choice("pooling", pooling, (None, "avg", "max"))
     check_whole("classes", classes)
@@ -142,23 +173,27 @@ def MobileNetV2(
     check_positive("norm_epsilon", norm_epsilon)
     if not (block is None or callable(block)):
         raise ValueError(f"block must be None or a callable that makes a Keras layer, got {block!r}.")
-    data_format = data_format_name(data_format)
     policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
-    image = _image_input(input_shape, input_tensor, include_top, data_format)
+    side = source.resolution if isinstance(source, Checkpoint) else 224
+    image = _image_input(input_shape, input_tensor, side if include_top else None, data_format)
     channel_axis, side_axis = (-1, 1) if data_format == "channels_last" else (1, 2)
     rows = plan(
         alpha=alpha,
         inverted_residual_setting=inverted_residual_setting,
         round_nearest=round_nearest,
-        depth_multiplier=depth_multiplier,
-        fix_stem_head=fix_stem_head,
+        depth_multiplier=settings["depth_multiplier"],
+        fix_stem_head=settings["fix_stem_head"],
         stem_stride=stem_stride,
         output_stride=output_stride,
         in_channels=image.shape[channel_axis],
     )
     names = _check_features(features, rows, include_top, pooling)
 
-    x = preprocessing_layer(policy)(image) if include_preprocessing else image
+    x = image
+    if include_preprocessing:
+        scaling = source.preprocessing if isinstance(source, Checkpoint) else source.layout if source else None
+        mean, std = (scaling.mean, scaling.std) if scaling else (HALF, HALF)
+        x = preprocessing_layer(policy, data_format, mean, std)(image)
     x, tensors = apply_rows(
         x,
         rows,
@@ -188,27 +223,54 @@ def MobileNetV2(
     # A block of the caller's may keep losses or states of its own, which a loop over chunks would lose.
     model_class = Network if block is None else keras.Model
     model = model_class(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
-    if weights is not None:
-        model.load_weights(weights)
+    if source is not None:
+        # The classifier stays as it is where the file has one of another width, or none.
+        load_source(model, read_source(source), skip_classifier=include_top and classes != width)
     return model
 
 
-def _check_weights(weights):
+def _weights(weights, given, sides, include_top):
+    """What to load, a published checkpoint or a file that was read, and the settings that come with it."""
     if weights is None:
-        return
+        return None, {**DEFAULTS, **_not_none(given)}
+    checkpoint: Checkpoint | None
     if weights == "imagenet":
-        raise ValueError(
-            'weights="imagenet" (the default) is not available yet: '
-            "pass weights=None, or the path of a .weights.h5 or .keras file that keras_mnv2 wrote."
-        )
-    path = Path(weights)
-    if not path.name.endswith((".weights.h5", ".keras")) or not path.is_file():
-        raise ValueError(
-            f"weights must be None or the path of an existing .weights.h5 or .keras file, got {str(weights)!r}."
-        )
+        alpha = DEFAULTS["alpha"] if given["alpha"] is None else given["alpha"]
+        checkpoint = imagenet_checkpoint(alpha, sides, include_top)
+        if sides != (checkpoint.resolution,) * 2 and not (include_top and sides == (None, None)):
+            warnings.warn(
+                f'There are no weights of their own for images of {sides[0]}x{sides[1]}: weights="imagenet" loads '
+                f"those of {checkpoint.resolution}x{checkpoint.resolution}.",
+                stacklevel=3,
+            )
+    else:
+        checkpoint = checkpoint_of(weights)
+    if checkpoint is None:
+        source = read_source(weights)
+        conventions = {"padding": source.layout.padding, "norm_epsilon": source.layout.norm_epsilon}
+        return source, {**DEFAULTS, **conventions, **_not_none(given)}
+    for name, value in given.items():
+        if value is not None and value != getattr(checkpoint, name):
+            raise ValueError(
+                f"{name} must be {getattr(checkpoint, name)!r} or left out with the weights {checkpoint.name!r}, "
+                f"got {value!r}."
+            )
+    return checkpoint, {name: getattr(checkpoint, name) for name in DEFAULTS}
 
 
-def _image_input(input_shape, input_tensor, include_top, data_format):
+def _not_none(given):
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _known_sides(input_shape, input_tensor, data_format):
+    """(height, width) as far as given; `_image_input` checks the shape as a whole."""
+    shape = input_shape if input_tensor is None else getattr(input_tensor, "shape", (None,))[1:]
+    if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) != 3:
+        return None, None
+    return tuple(shape[:2] if data_format == "channels_last" else shape[1:])
+
+
+def _image_input(input_shape, input_tensor, side, data_format):
     if input_tensor is not None:
         if not keras.backend.is_keras_tensor(input_tensor):
             raise ValueError(f"input_tensor must be a Keras tensor, got a value of type {type(input_tensor).__name__}.")
@@ -220,7 +282,6 @@ def _image_input(input_shape, input_tensor, include_top, data_format):
                 raise ValueError(f"input_shape must agree with input_tensor's {shape}, got {tuple(input_shape)}.")
         return input_tensor
     if input_shape is None:
-        side = 224 if include_top else None
         input_shape = (side, side, 3) if data_format == "channels_last" else (3, side, side)
     _check_image_shape("input_shape", input_shape, data_format)
     return keras.Input(tuple(input_shape), name="image")

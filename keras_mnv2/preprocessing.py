@@ -1,33 +1,184 @@
-"""Pixels to the network's range."""
+"""From a photograph to the network's input, as each checkpoint's library does it, and from scores to names."""
 
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
+from PIL import Image
+
+from keras_mnv2.arguments import check_whole
+from keras_mnv2.weights.table import HALF, Checkpoint, Preprocessing, find_checkpoint, imagenet_checkpoint
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def preprocess_input(x: Any, data_format: str | None = None) -> Any:
-    """Scales pixels from 0..255 to -1..1, as the published Keras weights expect.
+def preprocess_input(x: Any, data_format: str | None = None, weights: str | Checkpoint | None = None) -> Any:
+    """Scales pixels from 0..255 to what a checkpoint expects; by default -1..1, as Keras's do.
 
-    The same signature as `keras.applications.mobilenet_v2.preprocess_input`; the input is not changed.
+    The same signature as `keras.applications.mobilenet_v2.preprocess_input`, and `weights` besides; the
+    input is not changed.
 
     Args:
         x: images with values 0..255, NHWC or NCHW (or one image, HWC or CHW).
-        data_format: taken for compatibility; the scaling is the same for every channel.
+        data_format: `"channels_last"`, `"channels_first"`, or None for Keras's setting.
+        weights: name of a published checkpoint, or a record of `list_weights`; None and `"imagenet"` stand for
+            Keras's own. torchvision's and timm's subtract the mean and divide by the standard deviation of each
+            channel of ImageNet.
 
     Returns:
         A tensor of the same shape, in Keras's float type or that of `x`.
+
+    Raises:
+        ValueError: on an unknown checkpoint.
 
     Example:
 
     >>> tuple(preprocess_input(np.array([[[[0, 127.5, 255]]]])).shape)
     (1, 1, 1, 3)
     """
+    how = preprocessing_of(weights)
     x = keras.ops.convert_to_tensor(x)
     if not keras.backend.is_float_dtype(x.dtype):
         x = keras.ops.cast(x, keras.config.floatx())
-    return x / 127.5 - 1
+    if (how.mean, how.std) == (HALF, HALF):
+        return x / 127.5 - 1
+    shape = (3,) if (data_format or keras.config.image_data_format()) == "channels_last" else (3, 1, 1)
+    mean, std = (keras.ops.reshape(keras.ops.convert_to_tensor(v, x.dtype), shape) for v in (how.mean, how.std))
+    return (x / 255 - mean) / std
 
 
-def preprocessing_layer(policy: keras.DTypePolicy) -> keras.layers.Layer:
+def preprocessing_layer(
+    policy: keras.DTypePolicy,
+    data_format: str = "channels_last",
+    mean: Sequence[float] = HALF,
+    std: Sequence[float] = HALF,
+) -> keras.layers.Layer:
     """`preprocess_input` as a layer, so that a model takes raw images."""
-    return keras.layers.Rescaling(1 / 127.5, offset=-1, name="preprocess", dtype=policy)
+    if (tuple(mean), tuple(std)) == (HALF, HALF):
+        return keras.layers.Rescaling(1 / 127.5, offset=-1, name="preprocess", dtype=policy)
+    return keras.layers.Normalization(
+        axis=-1 if data_format == "channels_last" else 1,
+        mean=[255 * m for m in mean],
+        variance=[(255 * s) ** 2 for s in std],
+        name="preprocess",
+        dtype=policy,
+    )
+
+
+def preprocessing_of(weights: str | Checkpoint | Preprocessing | None) -> Preprocessing:
+    """The preprocessing of a checkpoint, by name or record; of Keras's own at 224 pixels for None and "imagenet"."""
+    if isinstance(weights, Preprocessing):
+        return weights
+    if weights is None or weights == "imagenet":
+        weights = imagenet_checkpoint(1.0, (224, 224), True)
+    checkpoint = weights if isinstance(weights, Checkpoint) else find_checkpoint(weights)
+    return checkpoint.preprocessing
+
+
+def resize_and_crop(
+    image: Any, weights: str | Checkpoint | Preprocessing | None = None, size: int | None = None
+) -> np.ndarray:
+    """Resizes a photograph and cuts its centre out, as the checkpoint's library does for evaluation.
+
+    The shorter side is resized by Pillow, with antialiasing; the bytes are those of torchvision's, timm's and
+    transformers' own evaluation of a Pillow image. Keras publishes no such code: for its checkpoints it is the
+    central 87.5 % that the authors evaluated them on.
+
+    Args:
+        image: path of a file, a Pillow image, or an array of bytes, (height, width, 3) or (height, width).
+            Grey, palette, CMYK and transparent images are turned to RGB by Pillow.
+        weights: as in `preprocess_input`.
+        size: pixels of each side instead of the checkpoint's; the resizing scales with it.
+
+    Returns:
+        An array of bytes (size, size, 3), for `preprocess_input`.
+
+    Raises:
+        ValueError: on an array of another shape or type, or a file that is no image.
+        FileNotFoundError: where there is no such file.
+
+    Example:
+
+    >>> resize_and_crop(np.zeros((300, 400, 3), "uint8"), "torchvision/IMAGENET1K_V2").shape
+    (224, 224, 3)
+    """
+    how = preprocessing_of(weights)
+    crop = how.crop
+    if size is not None:
+        check_whole("size", size)
+        crop = size
+    shorter = how.resize * crop // how.crop
+    picture = _rgb(image)
+    width, height = picture.size
+    scale = shorter / min(width, height)
+    # The shorter side first: as integers, the way all three libraries round.
+    new = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
+    if scale != 1:
+        picture = picture.resize(new, _RESAMPLING[how.interpolation])
+    # Half of an odd difference: `round` goes to the even number.
+    corner = round if how.crop_rounding == "round" else int
+    left, top = (corner((side - crop) / 2) for side in new)
+    return np.asarray(picture.crop((left, top, left + crop, top + crop)))
+
+
+def _rgb(image):
+    if isinstance(image, str | os.PathLike):
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"There is no image at {str(image)!r}.")
+        try:
+            with Image.open(image) as picture:
+                return picture.convert("RGB")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"The file {str(image)!r} cannot be read as an image: {error}.") from error
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)):
+        raise ValueError(
+            "image must be a path, a Pillow image or an array of bytes, (height, width, 3) or (height, width), "
+            f"got {array.dtype} of shape {array.shape}."
+        )
+    return Image.fromarray(array).convert("RGB")
+
+
+@functools.cache
+def imagenet_labels() -> tuple[tuple[str, str], ...]:
+    """(WordNet id, name) of ImageNet's 1000 classes in order; names as Keras writes them."""
+    lines = (Path(__file__).parent / "labels.txt").read_text("utf-8").splitlines()
+    return tuple((wnid, name) for wnid, name in (line.split("\t") for line in lines))
+
+
+def decode_predictions(preds: Any, top: int = 5) -> list[list[tuple[str, str, float]]]:
+    """The best classes of ImageNet by name, as `keras.applications.mobilenet_v2.decode_predictions` gives them.
+
+    Args:
+        preds: scores (batch, 1000), or (batch, 1001) with the background first, as Hugging Face's
+            checkpoints give them.
+        top: how many classes of each image.
+
+    Returns:
+        For each image a list of (WordNet id, name, score), the best first.
+
+    Raises:
+        ValueError: on another shape, or a `top` out of range.
+
+    Example:
+
+    >>> scores = np.zeros((1, 1000))
+    >>> scores[0, 283] = 1
+    >>> decode_predictions(scores, top=1)[0][0][:2]
+    ('n02123394', 'Persian_cat')
+    """
+    scores = keras.ops.convert_to_numpy(preds)
+    if scores.ndim != 2 or scores.shape[1] not in (1000, 1001):
+        raise ValueError(f"preds must have the shape (batch, 1000) or (batch, 1001), got {scores.shape}.")
+    check_whole("top", top)
+    labels = imagenet_labels()
+    if scores.shape[1] == 1001:
+        labels = (("", "background"), *labels)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    return [[(*labels[i], row[i]) for i in order] for row, order in zip(scores, best, strict=True)]

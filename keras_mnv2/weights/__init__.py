@@ -1,0 +1,1 @@
+"""Published checkpoints: what they are, and how their files are fetched, read, renamed and loaded."""

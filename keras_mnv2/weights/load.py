@@ -1,0 +1,332 @@
+"""Weights from a checkpoint into a model, and back into a library's layout."""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+from safetensors.numpy import save_file
+
+from keras_mnv2.arguments import check_choice
+from keras_mnv2.layers import ConvNormActivation, InvertedResidual
+from keras_mnv2.weights.fetch import fetch
+from keras_mnv2.weights.read import read_arrays
+from keras_mnv2.weights.rename import (
+    LAYOUTS,
+    Block,
+    Layout,
+    file_names,
+    find_layout,
+    from_keras,
+    later_blocks,
+    to_keras,
+)
+from keras_mnv2.weights.table import CHECKPOINTS, Checkpoint, find_checkpoint
+
+HUB = "https://huggingface.co/"
+# The layouts that `save_weights` writes.
+WRITTEN = ("torchvision", "timm", "transformers", "sequential", "keras")
+_CLASSIFIER = ("predictions/kernel", "predictions/bias")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of weights that was read.
+
+    Attributes:
+        path: of the file.
+        arrays: by the names in it.
+        layout: of the names.
+    """
+
+    path: Path
+    arrays: dict[str, np.ndarray]
+    layout: Layout
+
+
+def checkpoint_of(weights: str | os.PathLike) -> Checkpoint | None:
+    """The published checkpoint that `weights` names, or None where it is a path or another hf:// address.
+
+    Raises:
+        ValueError: where it is neither a known name, nor an existing file, nor an hf:// address.
+    """
+    text = os.fspath(weights)
+    if text.startswith("hf://"):
+        found = [c for c in CHECKPOINTS if c.url.startswith(f"{HUB}{text.removeprefix('hf://')}/resolve/")]
+        return found[0] if found else None
+    return None if Path(text).is_file() else find_checkpoint(text)
+
+
+def read_source(weights: str | os.PathLike | Checkpoint | Source) -> Source:
+    """Fetches and reads a checkpoint: a record of the table, an hf:// address, a path, or one that was read.
+
+    Raises:
+        ConnectionError: where it cannot be downloaded.
+        ValueError: where the file cannot be read, or is of no known layout.
+    """
+    if isinstance(weights, Source):
+        return weights
+    if isinstance(weights, Checkpoint):
+        path = fetch(weights.url, weights.file_name, weights.sha256)
+    elif os.fspath(weights).startswith("hf://"):
+        path = _fetch_from_hub(os.fspath(weights))
+    else:
+        path = Path(weights)
+    arrays = read_arrays(path)
+    layout = find_layout(arrays)
+    if layout is None:
+        raise ValueError(
+            f"The file {str(path)!r} holds no MobileNetV2 of a known layout ({', '.join(LAYOUTS)}); "
+            f"its first arrays are {', '.join(sorted(arrays)[:3]) or 'none'}."
+        )
+    return Source(path, arrays, layout)
+
+
+def classes_of(source: Source) -> int:
+    """The width of a file's classifier, or 0 where it has none."""
+    key = file_names(source.layout, [], False, True, source.arrays)["predictions/bias"].key
+    return len(source.arrays[key]) if key in source.arrays else 0
+
+
+def load_weights(model: keras.Model, weights: str | os.PathLike, skip_classifier: bool = False) -> None:
+    """Loads a checkpoint of any library into a model that `MobileNetV2` made.
+
+    Every array of the file is used once and every variable filled once, in equal shapes, or nothing is
+    loaded at all. Only what the model has no place for behind its last layer may be left: the classifier
+    without the top, and the later blocks where `features` ends before them; a line says so. Padding and
+    epsilon are the model's own: `MobileNetV2(weights=...)` sets them as the checkpoint needs.
+
+    Args:
+        model: of `MobileNetV2`, before `fold_batch_norm`.
+        weights: name of a published checkpoint (`list_weights`), `hf://OWNER/REPOSITORY[/FILE]`, or the path
+            of a file in one of the layouts of `save_weights`: `.safetensors`, `.h5`, `.weights.h5`, `.keras`,
+            `.pth`, `.pt` or `.bin`. PyTorch's files are read without PyTorch, and nothing in them is run.
+        skip_classifier: keeps the model's own classifier, for another number of classes.
+
+    Raises:
+        ValueError: where the file cannot be read or does not fit; the message names what differs. The model
+            keeps the weights that it had.
+        ConnectionError: where a checkpoint cannot be downloaded.
+
+    Example:
+
+    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None)
+    >>> save_weights(model, "mobilenet.safetensors", layout="torchvision")
+    >>> load_weights(model, "mobilenet.safetensors")
+    """
+    checkpoint = checkpoint_of(weights)
+    load_source(model, read_source(checkpoint or weights), skip_classifier)
+
+
+def load_source(model: keras.Model, source: Source, skip_classifier: bool = False) -> None:
+    """`load_weights` from a file that was read already."""
+    variables = model_variables(model)
+    if variables is None or not _plain(variables):
+        if source.layout.name != "keras_mnv2":
+            raise ValueError(
+                f"The model must have the layers of MobileNetV2 with batch norms, as it is made with norm_layer="
+                f'"batch_norm" and before fold_batch_norm, to take the {source.layout.name} layout of '
+                f"{str(source.path)!r}."
+            )
+        _load_as_keras_does(model, source.path)
+        return
+    blocks = _blocks(model)
+    head, top = "head/kernel" in variables, _CLASSIFIER[0] in variables
+    later = [] if head else later_blocks(source.layout, source.arrays, len(blocks))
+    names = file_names(source.layout, [*blocks, *later], True, True, source.arrays)
+
+    # What the file may have and the model has no place for: the classifier, and what follows a model's last block.
+    idle = set() if top and not skip_classifier else set(_CLASSIFIER)
+    idle |= {name for name in names if not head and _unit(name) not in {_unit(v) for v in variables}}
+    wanted = {name: names[name] for name in variables if not (skip_classifier and name in _CLASSIFIER)}
+    by_key = {array.key: name for name, array in names.items()}
+    unknown = sorted(key for key in source.arrays if key not in by_key)
+    missing = sorted(a.key for a in wanted.values() if a.key not in source.arrays)
+    told = f"The file {str(source.path)!r} ({source.layout.name} layout) does not fit the model"
+    if missing:
+        hint = "; it has no classifier" if set(missing) <= {names[n].key for n in _CLASSIFIER} else ""
+        raise ValueError(f"{told}: it lacks {_some(missing)}{hint}.")
+    if unknown:
+        raise ValueError(f"{told}: the model has no place for {_some(unknown)}.")
+
+    values = {}
+    for name, array in wanted.items():
+        found = to_keras(source.arrays[array.key], array.role, source.layout)
+        shape = tuple(variables[name].shape)
+        if found.shape != shape:
+            raise ValueError(
+                f"{told}: {array.key} gives {name} the shape {found.shape}, the model's is {shape}; alpha, "
+                "classes and the other arguments must be those of the checkpoint."
+            )
+        if not np.isfinite(found).all():
+            raise ValueError(f"{told}: {array.key} holds values that are not finite.")
+        values[name] = found
+    left = sorted(names[name].key for name in idle if names[name].key in source.arrays)
+    for name, value in values.items():
+        variables[name].assign(value)
+    if skip_classifier:
+        print(f"{source.path.name}: the classifier is left out, the model's own stays as it was initialised.")
+    elif left:
+        print(f"{source.path.name}: loaded without {_some(left)}, which the model has no place for.")
+
+
+def save_weights(model: keras.Model, path: str | os.PathLike, layout: str = "keras") -> None:
+    """Writes the weights of a model that `MobileNetV2` made in the layout of another library.
+
+    Its own model takes the file: `torchvision.models.mobilenet_v2().load_state_dict(torch.load(path))`,
+    `timm.create_model(name, checkpoint_path=path)`, the `state_dict` of transformers'
+    `MobileNetV2ForImageClassification`, `keras.applications.MobileNetV2(weights=path)`. Padding and epsilon
+    are that library's: a model trained with others computes other numbers there.
+
+    Args:
+        model: of `MobileNetV2`, before `fold_batch_norm`.
+        path: of the file, which is replaced if it is there: `.safetensors`, or `.pth`, `.pt` and `.bin`, which need
+            PyTorch, for the layouts of PyTorch; `.h5` for `"keras"`.
+        layout: `"torchvision"`, `"timm"`, `"transformers"`, `"sequential"` (the PyTorch port with one flat
+            Sequential a block) or `"keras"`.
+
+    Raises:
+        ValueError: on an unknown layout, a suffix that does not fit, or a model of other layers.
+        ImportError: where PyTorch is needed and not installed.
+
+    Example:
+
+    >>> save_weights(MobileNetV2((32, 32, 3), alpha=0.35, weights=None), "weights.h5", layout="keras")
+    """
+    check_choice("layout", layout, WRITTEN)
+    path = Path(path)
+    suffixes = (".safetensors", ".pth", ".pt", ".bin") if LAYOUTS[layout].torch else (".h5",)
+    if path.suffix not in suffixes or path.name.endswith(".weights.h5"):
+        raise ValueError(f"path must end in {', '.join(suffixes)} for layout={layout!r}, got {str(path)!r}.")
+    variables = model_variables(model)
+    if variables is None or not _plain(variables):
+        raise ValueError(
+            'model must be one that MobileNetV2 made with norm_layer="batch_norm", before fold_batch_norm, '
+            f"got {model.name!r}."
+        )
+    names = file_names(LAYOUTS[layout], _blocks(model), "head/kernel" in variables, _CLASSIFIER[0] in variables)
+    arrays = {}
+    for name, array in names.items():
+        if array.role == "counter":
+            arrays[array.key] = np.zeros((), "int64")
+        else:
+            value = keras.ops.convert_to_numpy(variables[name])
+            arrays[array.key] = from_keras(value, array.role, LAYOUTS[layout])
+    _write(path, arrays)
+
+
+def model_variables(model: keras.Model) -> dict[str, Any] | None:
+    """The variables by their names in `file_names`, or None where a layer of the model is not this package's."""
+    variables: dict[str, Any] = {}
+    for layer in model.layers:
+        if isinstance(layer, InvertedResidual):
+            for part in ("expand", "depthwise", "project"):
+                if (conv := getattr(layer, part)) is not None:
+                    variables |= _conv_variables(f"{layer.name}/{part}", conv)
+        elif isinstance(layer, ConvNormActivation):
+            variables |= _conv_variables(layer.name, layer)
+        else:
+            variables |= {f"{layer.name}/{v.name}": v for v in layer.weights}
+    return variables if len(variables) == len(model.weights) and "stem/kernel" in variables else None
+
+
+def _conv_variables(name, conv):
+    variables = {f"{name}/{v.name}": v for v in (conv.kernel, conv.bias) if v is not None}
+    if conv.norm is not None:
+        variables |= {f"{name}/norm/{v.name}": v for v in conv.norm.weights}
+    return variables
+
+
+def _blocks(model):
+    """Blocks with their stages: the first of a stage is the one that adds no input."""
+    blocks: list[Block] = []
+    for layer in model.layers:
+        if isinstance(layer, InvertedResidual):
+            again = blocks and layer.residual
+            stage = blocks[-1].stage + (not again) if blocks else 0
+            blocks.append(Block(stage, blocks[-1].place + 1 if again else 0, layer.expand is not None))
+    return blocks
+
+
+def _plain(variables):
+    kernels = [name.removesuffix("/kernel") for name in variables if name.endswith("/kernel")]
+    expected = {"predictions/bias"} if "predictions" in kernels else set()
+    for name in kernels:
+        expected.add(f"{name}/kernel")
+        if name != "predictions":
+            expected |= {f"{name}/norm/{v}" for v in ("gamma", "beta", "moving_mean", "moving_variance")}
+    return expected == set(variables)
+
+
+def _unit(name):
+    return name.partition("/")[0]
+
+
+def _some(keys):
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _load_as_keras_does(model, path):
+    before = model.get_weights()
+    try:
+        model.load_weights(path)
+    except Exception as error:
+        model.set_weights(before)
+        raise ValueError(f"The file {str(path)!r} does not fit the model: {str(error).splitlines()[0]}") from error
+
+
+def _fetch_from_hub(address):
+    match = re.fullmatch(r"hf://([\w.-]+)/([\w.-]+)(?:/([\w./-]+))?", address)
+    if match is None or ".." in address:
+        raise ValueError(
+            f"weights must have the form hf://OWNER/REPOSITORY or hf://OWNER/REPOSITORY/FILE, got {address!r}."
+        )
+    owner, repository, file = match[1], match[2], match[3] or "model.safetensors"
+    name = "--".join([owner, repository, *file.split("/")])
+    return fetch(f"{HUB}{owner}/{repository}/resolve/main/{file}", name)
+
+
+def _write(path, arrays):
+    """Writes beside, and moves into place."""
+    writers: dict[str, Callable] = {".safetensors": _write_safetensors, ".h5": _write_h5}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+        part = Path(scratch) / path.name
+        writers.get(path.suffix, _write_torch)(part, arrays)
+        os.replace(part, path)
+
+
+def _write_safetensors(path, arrays):
+    # transformers refuses files that do not say which framework's axes they have.
+    save_file(arrays, path, metadata={"format": "pt"})
+
+
+def _write_torch(path, arrays):
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(
+            f"Writing {path.suffix} needs PyTorch (pip install torch); a .safetensors file does not."
+        ) from None
+    torch.save({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}, path)
+
+
+def _write_h5(path, arrays):
+    """The HDF5 form of Keras 2, which `keras.applications` reads: layers in order, each with its weights."""
+    layers: dict[str, list[str]] = {}
+    for name in arrays:
+        layers.setdefault(_unit(name), []).append(name)
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [layer.encode() for layer in layers]
+        file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", keras.__version__.encode()
+        for layer, names in layers.items():
+            group = file.create_group(layer)
+            group.attrs["weight_names"] = [f"{name}:0".encode() for name in names]
+            for name in names:
+                group[f"{name}:0"] = arrays[name]

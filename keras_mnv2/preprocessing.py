@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from PIL import Image
 
-from keras_mnv2.arguments import check_whole
+from keras_mnv2.arguments import check_whole, data_format_name
 from keras_mnv2.weights.table import HALF, Checkpoint, Preprocessing, find_checkpoint, imagenet_checkpoint
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -33,7 +33,8 @@ def preprocess_input(x: Any, data_format: str | None = None, weights: str | Chec
         A tensor of the same shape, in Keras's float type or that of `x`.
 
     Raises:
-        ValueError: on an unknown checkpoint.
+        ValueError: on an unknown checkpoint or data format, or images that are not RGB where the mean of each
+            channel is subtracted.
 
     Example:
 
@@ -41,12 +42,18 @@ def preprocess_input(x: Any, data_format: str | None = None, weights: str | Chec
     (1, 1, 1, 3)
     """
     how = preprocessing_of(weights)
+    channels_last = data_format_name(data_format) == "channels_last"
     x = keras.ops.convert_to_tensor(x)
     if not keras.backend.is_float_dtype(x.dtype):
         x = keras.ops.cast(x, keras.config.floatx())
     if (how.mean, how.std) == (HALF, HALF):
         return x / 127.5 - 1
-    shape = (3,) if (data_format or keras.config.image_data_format()) == "channels_last" else (3, 1, 1)
+    shape, axis = ((3,), -1) if channels_last else ((3, 1, 1), -3)
+    # In tf.data not even the number of axes may be known.
+    known = getattr(x.shape, "rank", 0) is not None
+    if known and (len(x.shape) < 3 or x.shape[axis] not in (3, None)):
+        layout = "(height, width, 3)" if channels_last else "(3, height, width)"
+        raise ValueError(f"x must be images of the shape {layout}, got {tuple(x.shape)}.")
     mean, std = (keras.ops.reshape(keras.ops.convert_to_tensor(v, x.dtype), shape) for v in (how.mean, how.std))
     return (x / 255 - mean) / std
 
@@ -90,7 +97,8 @@ def resize_and_crop(
 
     Args:
         image: path of a file, a Pillow image, or an array of bytes, (height, width, 3) or (height, width).
-            Grey, palette, CMYK and transparent images are turned to RGB by Pillow.
+            Grey, palette, CMYK and transparent images are turned to RGB by Pillow, which ignores the EXIF
+            orientation as the libraries do; of 16-bit grey the high byte is taken, as Pillow does of 16-bit RGB.
         weights: as in `preprocess_input`.
         size: pixels of each side instead of the checkpoint's; the resizing scales with it.
 
@@ -98,7 +106,8 @@ def resize_and_crop(
         An array of bytes (size, size, 3), for `preprocess_input`.
 
     Raises:
-        ValueError: on an array of another shape or type, or a file that is no image.
+        ValueError: on an array of another shape or type, an image without pixels or with pixels of unknown
+            range (32-bit), or a file that is no image.
         FileNotFoundError: where there is no such file.
 
     Example:
@@ -114,6 +123,8 @@ def resize_and_crop(
     shorter = how.resize * crop // how.crop
     picture = _rgb(image)
     width, height = picture.size
+    if not width or not height:
+        raise ValueError(f"image must have pixels, got one of height {height} and width {width}.")
     scale = shorter / min(width, height)
     # The shorter side first: as integers, the way all three libraries round.
     new = (shorter, int(shorter * height / width)) if width <= height else (int(shorter * width / height), shorter)
@@ -122,7 +133,8 @@ def resize_and_crop(
     # Half of an odd difference: `round` goes to the even number.
     corner = round if how.crop_rounding == "round" else int
     left, top = (corner((side - crop) / 2) for side in new)
-    return np.asarray(picture.crop((left, top, left + crop, top + crop)))
+    # A copy: Pillow's own memory cannot be written to.
+    return np.array(picture.crop((left, top, left + crop, top + crop)))
 
 
 def _rgb(image):
@@ -131,11 +143,13 @@ def _rgb(image):
             raise FileNotFoundError(f"There is no image at {str(image)!r}.")
         try:
             with Image.open(image) as picture:
-                return picture.convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"The file {str(image)!r} cannot be read as an image: {error}.") from error
+                return _to_rgb(picture)
+        # Pillow's readers raise SyntaxError, RuntimeError and others on broken files.
+        except Exception as error:
+            told = str(error).rstrip(".") or type(error).__name__
+            raise ValueError(f"The file {str(image)!r} cannot be read as an image: {told}.") from error
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _to_rgb(image)
     array = np.asarray(image)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)):
         raise ValueError(
@@ -143,6 +157,18 @@ def _rgb(image):
             f"got {array.dtype} of shape {array.shape}."
         )
     return Image.fromarray(array).convert("RGB")
+
+
+def _to_rgb(picture):
+    if picture.mode.startswith("I;16"):
+        # Pillow's conversion would clip to 255 and leave a white image.
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype("uint8"))
+    elif picture.mode in ("I", "F"):
+        raise ValueError(
+            f"the image has 32-bit pixels (Pillow's mode {picture.mode}), whose range is unknown; "
+            "scale them to bytes first."
+        )
+    return picture.convert("RGB")
 
 
 @functools.cache

@@ -28,6 +28,17 @@ def rng():
     return np.random.default_rng(0)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also runs what takes minutes, or needs a download")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the slow tests out, as deselected, unless `--slow` asks for them."""
+    slow = [] if config.getoption("--slow") else [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
 def pytest_terminal_summary(terminalreporter):
     """Prints what the tests measured, such as the largest differences."""
     for line in measured:

@@ -12,7 +12,8 @@ from tests.helpers import double_precision, note, randomise, relative_difference
 from tests.peers import copy_keras_applications, copy_torchvision, exact_batch_norms, torch_pairs
 
 WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
-TOPS = ({}, {"include_top": False}, {"include_top": False, "pooling": "avg"}, {"include_top": False, "pooling": "max"})
+# Beside the model with its top, each width has one of the others.
+TOPS = ({}, {"pooling": "avg"}, {"pooling": "max"})
 
 
 def outputs_beside_keras_applications(alpha, size, top, rng):
@@ -35,20 +36,12 @@ def test_keras_applications(alpha, rng):
     # In float64: in float32 both models are about 2e-5 off these numbers, each by its own rounding.
     largest = 0.0
     with double_precision():
-        for size, top in zip((96, 128, 96, 128), TOPS, strict=True):
+        for size, top in ((96, {}), (128, {"include_top": False, **TOPS[WIDTHS.index(alpha) % 3]})):
             found, expected = outputs_beside_keras_applications(alpha, size, top, rng)
             assert found.dtype == "float64"
             largest = max(largest, relative_difference(found, expected))
     note(f"keras.applications in float64, alpha {alpha}: largest relative difference", largest)
     assert largest <= 1e-5
-
-
-@pytest.mark.parametrize("alpha", [0.35, 1.0])
-def test_keras_applications_in_float32(alpha, rng):
-    found, expected = outputs_beside_keras_applications(alpha, 96, {}, rng)
-    difference = relative_norm(found, expected)
-    note(f"keras.applications in float32, alpha {alpha}: relative difference", difference)
-    assert difference <= 5e-5
 
 
 def model_and_torchvision(alpha, rng, **arguments):
@@ -76,7 +69,7 @@ def model_and_torchvision(alpha, rng, **arguments):
     return model, source
 
 
-@pytest.mark.parametrize("alpha", [0.35, 1.0, 1.4])
+@pytest.mark.parametrize("alpha", [0.35, 1.4])
 def test_torchvision_logits(alpha, rng):
     model, source = model_and_torchvision(alpha, rng)
     x = rng.normal(size=(2, 96, 96, 3)).astype("float32")
@@ -202,6 +195,7 @@ np.savez(sys.argv[3], *model.get_weights())
 
 # ReLU6 turns rounding into gradients that differ by percents (see above): there the whole step is compared.
 @pytest.mark.parametrize(("activation", "of_a_weight", "of_the_step"), [("silu", 1e-5, 1e-3), ("relu6", None, 0.1)])
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="starts all three backends: once is enough")
 def test_one_step_gives_the_same_weights_on_all_backends(activation, of_a_weight, of_the_step, tmp_path, rng):
     model = keras_mnv2.MobileNetV2(
         (64, 64, 3), alpha=0.35, weights=None, classes=10, dropout=0.0, activation=activation

@@ -49,8 +49,7 @@ def fetch(url: str, file_name: str, sha256: str | None = None) -> Path:
         folder = tempfile.TemporaryDirectory(prefix=f".{file_name}.", dir=target.parent)
     except OSError as error:
         raise ConnectionError(
-            f"The cache folder {str(target.parent)!r} cannot be written ({error.strerror}): "
-            "set KERAS_HOME to a folder that can."
+            f"{url} cannot be put at {str(target)!r} ({error.strerror}): set KERAS_HOME to a folder that can be written."
         ) from error
     with folder as scratch:
         try:
@@ -63,10 +62,15 @@ def fetch(url: str, file_name: str, sha256: str | None = None) -> Path:
             ) from error
         if sha256 is not None and not (digits := _digits(found)).startswith(sha256):
             raise ValueError(
-                f"The file from {url} has the SHA-256 {digits}, the published one is {sha256}; it was thrown away."
+                f"The file from {url} has the SHA-256 {digits}, the published one is {sha256}: it was thrown away and "
+                f"not put at {str(target)!r}."
             )
         if sha256 is None:
-            read_arrays(found)
+            try:
+                read_arrays(found)
+            except ValueError as error:
+                told = str(error).replace(repr(str(found)), f"from {url}").rstrip(".")
+                raise ValueError(f"{told}; it was thrown away and not put at {str(target)!r}.") from error
         os.replace(found, target)
     return target
 

@@ -36,25 +36,36 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of weights at {str(path)!r}.")
     try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-        if start == b"\x89HDF\r\n\x1a\n":
-            with h5py.File(path, "r") as file:
-                return _hdf5(file)
-        if start[:4] == b"PK\x03\x04":
-            with zipfile.ZipFile(path) as archive:
-                if "model.weights.h5" in archive.namelist():
-                    with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
-                        return _hdf5(file)
-            return _state_dict(read_torch_file(path))
-        if start[:2] == b"\x80\x02":
-            return _state_dict(read_torch_file(path))
-        return load_file(path)
+        arrays = _read(path)
+        for name, value in arrays.items():
+            if not np.can_cast(value.dtype, "float32", "same_kind"):
+                raise ValueError(f"{name} holds values of type {value.dtype}")
     except Exception as error:
         raise ValueError(
             f"The file {str(path)!r} cannot be read as weights, it may be truncated or of another kind: "
-            f"{error or type(error).__name__}."
+            f"{str(error).rstrip('.') or type(error).__name__}."
         ) from error
+    return arrays
+
+
+def _read(path):
+    with open(path, "rb") as file:
+        start = file.read(9)
+    # First: the length of safetensors' header, before its "{", may look like the start of a pickle.
+    if start[8:] == b"{":
+        return load_file(path)
+    if start[:8] == b"\x89HDF\r\n\x1a\n":
+        with h5py.File(path, "r") as file:
+            return _hdf5(file)
+    if start[:4] == b"PK\x03\x04":
+        with zipfile.ZipFile(path) as archive:
+            if "model.weights.h5" in archive.namelist():
+                with h5py.File(io.BytesIO(archive.read("model.weights.h5")), "r") as file:
+                    return _hdf5(file)
+        return _state_dict(read_torch_file(path))
+    if start[:1] == b"\x80":
+        return _state_dict(read_torch_file(path))
+    return load_file(path)
 
 
 def _state_dict(saved):
@@ -77,8 +88,10 @@ def _hdf5(file):
     for layer in group.attrs["layer_names"]:
         layer = _text(layer)
         for name in map(_text, group[layer].attrs["weight_names"]):
-            variable = name.rpartition("/")[2].partition(":")[0].removeprefix("depthwise_")
-            arrays[f"{layer}/{variable}"] = np.asarray(group[layer][name])
+            base, _, variable = name.partition(":")[0].rpartition("/")
+            # A layer of layers tells its variables apart by their paths, which start with its own name.
+            inner = base.removeprefix(layer) if base.startswith(f"{layer}/") else ""
+            arrays[f"{layer}{inner}/{variable.removeprefix('depthwise_')}"] = np.asarray(group[layer][name])
     return arrays
 
 

@@ -3,6 +3,7 @@
 import collections
 import math
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,21 +48,26 @@ def read_torch_file(path: Path) -> Any:
         return _read_legacy(file)
 
 
-class _Storage:
+class _Fixed:
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("it changes a tensor after it was made")
+
+
+class _Storage(_Fixed):
     """The numbers that tensors are views of; `values` may be filled in after the tensors were made."""
 
     def __init__(self, dtype, length):
         self.dtype, self.length, self.values = np.dtype(dtype), length, None
 
 
-class _Tensor:
+class _Tensor(_Fixed):
     """A view of a storage, by shape and strides in elements."""
 
     def __init__(self, storage, offset, shape, strides):
         self.storage, self.offset, self.shape, self.strides = storage, offset, tuple(shape), tuple(strides)
 
     def array(self):
-        values, dtype = self.storage.values, self.storage.dtype
+        values = self.storage.values
         numbers = [self.offset, *self.shape, *self.strides]
         if any(type(n) is not int or n < 0 for n in numbers) or len(self.shape) != len(self.strides):
             raise pickle.UnpicklingError(f"a tensor has the shape {self.shape} and strides {self.strides}")
@@ -71,7 +77,7 @@ class _Tensor:
         if count and (last >= len(values) or count > len(values)):
             raise pickle.UnpicklingError(f"a tensor of shape {self.shape} reaches beyond its {len(values)} values")
         view = np.lib.stride_tricks.as_strided(
-            values[self.offset :], self.shape, [step * dtype.itemsize for step in self.strides]
+            values[self.offset :], self.shape, [step * values.itemsize for step in self.strides]
         )
         return np.array(view, order="C")
 
@@ -96,11 +102,24 @@ class _Unpickler(pickle.Unpickler):
         kind, dtype, key, _, length = pid[:5]
         if kind != "storage":
             raise pickle.UnpicklingError(f"it refers to an object of kind {kind!r}")
+        if dtype not in _DTYPES.values():
+            raise pickle.UnpicklingError(f"it has a storage of {dtype!r}")
         if key not in self.storages:
             self.storages[key] = _Storage(dtype, length)
             if self.read is not None:
                 self.storages[key].values = np.frombuffer(self.read(key), self.storages[key].dtype)
         return self.storages[key]
+
+
+def _load(file, storages, read=None):
+    """Reads the next pickle of a file."""
+    start = file.tell()
+    # A short file may name a place in the unpickler's memory that is gigabytes away, and that it would fill up to.
+    for code, value, position in pickletools.genops(file):
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > position:
+            raise pickle.UnpicklingError(f"it counts {value} objects in {position} bytes")
+    file.seek(start)
+    return _Unpickler(file, storages, read).load()
 
 
 def _read_zip(archive):
@@ -111,17 +130,17 @@ def _read_zip(archive):
     if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
         raise pickle.UnpicklingError("its numbers are not little-endian")
     with archive.open(names[0]) as file:
-        return _arrays(_Unpickler(file, {}, lambda key: archive.read(f"{prefix}data/{key}")).load())
+        return _arrays(_load(file, {}, lambda key: archive.read(f"{prefix}data/{key}")))
 
 
 def _read_legacy(file: BinaryIO):
-    if _Unpickler(file, {}).load() != LEGACY_MAGIC:
+    if _load(file, {}) != LEGACY_MAGIC:
         raise pickle.UnpicklingError("it does not start as a file of PyTorch")
-    _Unpickler(file, {}).load()  # The version of the protocol, and the sizes of integers after it.
-    _Unpickler(file, {}).load()
+    _load(file, {})  # The version of the protocol, and the sizes of integers after it.
+    _load(file, {})
     storages: dict[str, _Storage] = {}
-    saved = _Unpickler(file, storages).load()
-    for key in _Unpickler(file, {}).load():
+    saved = _load(file, storages)
+    for key in _load(file, {}):
         length = int.from_bytes(_exactly(file, 8), "little")
         storage = storages[key]
         if length != storage.length:

@@ -32,6 +32,7 @@ from keras_mnv2.weights.table import CHECKPOINTS, Checkpoint, find_checkpoint
 HUB = "https://huggingface.co/"
 # The layouts that `save_weights` writes.
 WRITTEN = ("torchvision", "timm", "transformers", "sequential", "keras")
+KEEP = "skip_classifier=True keeps the model's own"
 _CLASSIFIER = ("predictions/kernel", "predictions/bias")
 
 
@@ -150,7 +151,8 @@ def load_source(model: keras.Model, source: Source, skip_classifier: bool = Fals
     missing = sorted(a.key for a in wanted.values() if a.key not in source.arrays)
     told = f"The file {str(source.path)!r} ({source.layout.name} layout) does not fit the model"
     if missing:
-        hint = "; it has no classifier" if set(missing) <= {names[n].key for n in _CLASSIFIER} else ""
+        no_top = set(missing) <= {names[name].key for name in _CLASSIFIER}
+        hint = f" (it has no classifier; {KEEP})" if no_top else ""
         raise ValueError(f"{told}: it lacks {_some(missing)}{hint}.")
     if unknown:
         raise ValueError(f"{told}: the model has no place for {_some(unknown)}.")
@@ -160,9 +162,10 @@ def load_source(model: keras.Model, source: Source, skip_classifier: bool = Fals
         found = to_keras(source.arrays[array.key], array.role, source.layout)
         shape = tuple(variables[name].shape)
         if found.shape != shape:
+            hint = f"; {KEEP}" if name in _CLASSIFIER else ""
             raise ValueError(
                 f"{told}: {array.key} gives {name} the shape {found.shape}, the model's is {shape}; alpha, "
-                "classes and the other arguments must be those of the checkpoint."
+                f"classes and the other arguments must be those of the checkpoint{hint}."
             )
         if not np.isfinite(found).all():
             raise ValueError(f"{told}: {array.key} holds values that are not finite.")

@@ -2,6 +2,7 @@
 
 from keras_mnv2 import layers
 from keras_mnv2.cost import CostProfile, cost_profile
+from keras_mnv2.evaluation import evaluation_data
 from keras_mnv2.export import export
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.model import MobileNetV2
@@ -17,6 +18,7 @@ __all__ = [
     "Preprocessing",
     "cost_profile",
     "decode_predictions",
+    "evaluation_data",
     "export",
     "fold_batch_norm",
     "layers",

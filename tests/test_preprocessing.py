@@ -538,8 +538,8 @@ def write_png_of_16_bits(path, pixels):
 
     height, width = pixels.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 16, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
+    rows = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels), 1)
+    parts = ((b"IHDR", header), (b"IDAT", rows[:10]), (b"IDAT", rows[10:]), (b"IEND", b""))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
 
 
@@ -599,9 +599,9 @@ def write_broken(folder, kind):
         Image.fromarray(photographs()["coffee"]).save(path)
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif kind == "chunk.png":
-        # A spoilt name of a chunk, which Pillow reports as SyntaxError.
+        # A spoilt name between the chunks of pixels, which Pillow reports as SyntaxError.
         write_png_of_16_bits(path, np.zeros((8, 8), "uint16"))
-        path.write_bytes(path.read_bytes().replace(b"IDAT", b"\x08\x11F\xc1"))
+        path.write_bytes(b"\x08\x11F\xc1".join(path.read_bytes().rsplit(b"IDAT", 1)))
     elif kind == "number.ppm":
         path.write_bytes(b"P6\n12 1x\n255\n" + bytes(36))
     elif kind == "huge.png":

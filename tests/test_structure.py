@@ -40,9 +40,12 @@ FLOORS = {
     "layers": 4,
     "build": 5,
     "fold": 5,
+    "evaluation": 3,
     "model": 6,
     "export": 6,
+    "cli": 7,
     "": 7,
+    "__main__": 8,
 }
 
 
@@ -91,6 +94,7 @@ def test_the_public_names():
         "Preprocessing",
         "cost_profile",
         "decode_predictions",
+        "evaluation_data",
         "export",
         "fold_batch_norm",
         "layers",

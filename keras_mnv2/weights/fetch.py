@@ -49,15 +49,18 @@ def fetch(url: str, file_name: str, sha256: str | None = None) -> Path:
         folder = tempfile.TemporaryDirectory(prefix=f".{file_name}.", dir=target.parent)
     except OSError as error:
         raise ConnectionError(
-            f"{url} cannot be put at {str(target)!r} ({error.strerror}): set KERAS_HOME to a folder that can be written."
+            f"{url} cannot be put at {str(target)!r} ({error.strerror}): "
+            "set KERAS_HOME to a folder that can be written."
         ) from error
     with folder as scratch:
         try:
             with _socket_timeout(STALLED_SECONDS):
                 found = Path(keras.utils.get_file(file_name, url, cache_dir=scratch, cache_subdir=""))
         except Exception as error:
+            # What Keras says, without the address that it repeats.
+            reason = str(error).removeprefix(f"URL fetch failure on {url}: ").removeprefix("None -- ")
             raise ConnectionError(
-                f"{url} could not be downloaded ({error}): where this machine has no connection, put the file at "
+                f"{url} could not be downloaded ({reason}): where this machine has no connection, put the file at "
                 f"{str(target)!r} by hand."
             ) from error
         if sha256 is not None and not (digits := _digits(found)).startswith(sha256):

@@ -116,7 +116,7 @@ def _load(file, storages, read=None):
     start = file.tell()
     # A short file may name a place in the unpickler's memory that is gigabytes away, and that it would fill up to.
     for code, value, position in pickletools.genops(file):
-        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > position:
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > (position or 0):  # type: ignore[operator]
             raise pickle.UnpicklingError(f"it counts {value} objects in {position} bytes")
     file.seek(start)
     return _Unpickler(file, storages, read).load()

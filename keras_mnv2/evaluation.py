@@ -1,0 +1,105 @@
+"""Photographs in batches, prepared as a checkpoint's library prepares them, for `evaluate` and `predict`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_mnv2.arguments import check_whole
+from keras_mnv2.preprocessing import preprocessing_of, resize_and_crop
+from keras_mnv2.weights.table import Checkpoint, Preprocessing
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+
+
+class _Photographs(keras.utils.PyDataset):
+    """Batch `i` holds images `i * batch_size` and on, whatever was asked for before."""
+
+    def __init__(self, images, labels, how, size, batch_size, normalize, class_names, workers):
+        super().__init__(workers=workers)
+        self.images, self.labels, self.class_names = images, labels, class_names
+        self.paths = None if isinstance(images, np.ndarray) else images
+        self.how, self.size, self.batch_size, self.normalize = how, size, batch_size, normalize
+
+    def __len__(self):
+        return -(-len(self.images) // self.batch_size)
+
+    def __getitem__(self, index):
+        rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
+        x = np.stack([resize_and_crop(image, self.how, self.size) for image in self.images[rows]]).astype("float32")
+        if self.normalize:
+            # On NumPy: a device tensor a batch would only be copied back.
+            x = (x / 255 - np.asarray(self.how.mean, "float32")) / np.asarray(self.how.std, "float32")
+        return (x,) if self.labels is None else (x, self.labels[rows])
+
+
+def evaluation_data(
+    images: str | os.PathLike | Sequence[Any] | np.ndarray,
+    labels: Sequence[int] | np.ndarray | None = None,
+    weights: str | Checkpoint | Preprocessing | None = None,
+    batch_size: int = 32,
+    size: int | None = None,
+    normalize: bool = True,
+    workers: int = 2,
+) -> keras.utils.PyDataset:
+    """Photographs as batches for `evaluate` and `predict` of any backend, prepared as a checkpoint expects.
+
+    Args:
+        images: a folder of class folders, a sequence of paths, or an array of bytes (number, height, width, 3).
+        labels: of a sequence or an array; those of a folder are the places of its class folders in their sorted order.
+        weights: whose preprocessing, as in `preprocess_input` and `resize_and_crop`.
+        batch_size: images a batch; the last one may have fewer.
+        size: pixels of each side instead of the checkpoint's.
+        normalize: False leaves pixels of 0..255, for models with `include_preprocessing`.
+        workers: threads that read images.
+
+    Returns:
+        A `keras.utils.PyDataset` of float32 batches NHWC, with labels where there are any; its `class_names` are the
+        folder's and its `paths` the files, otherwise None.
+
+    Raises:
+        ValueError: on a folder without images or labels of another number and, while it is read, on a file
+            that is no image.
+
+    Example:
+
+    >>> data = evaluation_data(np.zeros((5, 40, 60, 3), "uint8"), weights="timm/mobilenetv2_100.ra_in1k", batch_size=4)
+    >>> len(data), data[1][0].shape
+    (2, (1, 224, 224, 3))
+    """
+    check_whole("batch_size", batch_size)
+    check_whole("workers", workers)
+    class_names = None
+    if isinstance(images, str | os.PathLike):
+        if labels is not None:
+            raise ValueError("labels must be None where images is a folder, whose class folders are the labels.")
+        images, labels, class_names = _class_folders(Path(images))
+    if not isinstance(images, np.ndarray):
+        images = list(images)  # type: ignore[arg-type]
+    if not len(images):
+        raise ValueError("images must hold at least one image, got none.")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"labels must have one label an image, got {len(labels)} for {len(images)} images.")
+    labels = None if labels is None else np.asarray(labels, "int32")
+    how = preprocessing_of(weights)
+    return _Photographs(images, labels, how, size, batch_size, normalize, class_names, workers)
+
+
+def _class_folders(folder):
+    if not folder.is_dir():
+        raise ValueError(f"images must be an existing folder of class folders, got {str(folder)!r}.")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    paths, labels = [], []
+    for label, name in enumerate(names):
+        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
+        paths += found
+        labels += [label] * len(found)
+    if not paths:
+        raise ValueError(
+            f"images must be a folder of class folders with images ({', '.join(SUFFIXES)}), "
+            f"got {str(folder)!r} with none."
+        )
+    return paths, labels, names

@@ -1,0 +1,78 @@
+"""Photographs in batches: the bytes of `resize_and_crop`, and the scaling of `preprocess_input`."""
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import keras_mnv2
+
+NAME = "torchvision/IMAGENET1K_V2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six crops of two photographs in two class folders, with a file that is no image."""
+    root = tmp_path_factory.mktemp("photographs")
+    for label, photograph in zip(("china", "flower"), load_sample_images().images, strict=True):
+        (root / label).mkdir()
+        for i in range(3):
+            suffix = (".jpg", ".PNG", ".webp")[i]
+            Image.fromarray(photograph[10 * i : 300 + i, 7 * i : 401 + i]).save(root / label / f"{i}{suffix}")
+    (root / "china" / "notes.txt").write_text("no image")
+    (root / ".hidden").mkdir()
+    return root
+
+
+def test_a_folder_gives_what_the_functions_give(folder):
+    data = keras_mnv2.evaluation_data(folder, weights=NAME, batch_size=4)
+    assert data.class_names == ["china", "flower"]
+    assert [path.name for path in data.paths] == ["0.jpg", "1.PNG", "2.webp"] * 2
+    assert len(data) == 2
+    x, labels = data[1]
+    assert (x.shape, x.dtype, labels.tolist()) == ((2, 224, 224, 3), np.float32, [1, 1])
+    pixels = np.stack([keras_mnv2.resize_and_crop(path, NAME) for path in data.paths[4:]])
+    expected = keras.ops.convert_to_numpy(
+        keras_mnv2.preprocess_input(pixels, weights=NAME, data_format="channels_last")
+    )
+    np.testing.assert_allclose(x, expected, atol=1e-6)
+    np.testing.assert_array_equal(data[1][0], x)
+    raw = keras_mnv2.evaluation_data(folder, weights=NAME, batch_size=4, normalize=False, size=96)
+    assert raw[0][0].shape == (4, 96, 96, 3)
+    np.testing.assert_array_equal(raw[1][0][0], keras_mnv2.resize_and_crop(data.paths[4], NAME, 96))
+
+
+def test_evaluate_and_predict_take_it(folder):
+    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=2)
+    model.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    data = keras_mnv2.evaluation_data(folder, batch_size=4, size=32)
+    scores = model.predict(data, verbose=0)
+    assert scores.shape == (6, 2)
+    _, accuracy = model.evaluate(data, verbose=0)
+    assert accuracy == pytest.approx(np.mean(scores.argmax(1) == [0, 0, 0, 1, 1, 1]))
+
+
+def test_arrays_and_paths(folder):
+    images = np.stack([image[:300, :400] for image in load_sample_images().images])
+    data = keras_mnv2.evaluation_data(images, [1, 0], size=32)
+    assert data[0][1].tolist() == [1, 0]
+    assert data.paths is None
+    (x,) = keras_mnv2.evaluation_data(sorted((folder / "china").glob("*.jpg")), size=32)[0]
+    assert x.shape == (1, 32, 32, 3)
+
+
+def test_what_is_refused(folder, tmp_path):
+    refused = keras_mnv2.evaluation_data
+    with pytest.raises(ValueError, match="images must be an existing folder"):
+        refused(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="images must be a folder of class folders with images"):
+        refused(tmp_path)
+    with pytest.raises(ValueError, match="labels must be None where images is a folder"):
+        refused(folder, [0])
+    with pytest.raises(ValueError, match="labels must have one label an image, got 1 for 2 images"):
+        refused(np.zeros((2, 40, 40, 3), "uint8"), [0])
+    with pytest.raises(ValueError, match="images must hold at least one"):
+        refused([])
+    with pytest.raises(ValueError, match=r"notes\.txt' cannot be read as an image"):
+        refused([folder / "china" / "notes.txt"])[0]

@@ -93,7 +93,8 @@ def _predict(options):
         return
     for image, rows in found.items():
         table = [(str(i + 1), row.name, row.wnid, f"{100 * row.probability:.2f} %") for i, row in enumerate(rows)]
-        print(f"{image}\n{_table(('', 'class', 'WordNet id', 'probability'), table, right=(0, 3))}\n")
+        head = ("", "class", "WordNet id" if rows[0].wnid else "", "probability")
+        print(f"{image}\n{_table(head, table, right=(0, 3))}\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,9 @@ def cache(tmp_path, monkeypatch):
 
 def assert_one_sentence(error, *parts):
     text = str(error)
-    assert text.endswith(".") and not text.endswith("..") and "\n" not in text
+    assert text.endswith(".")
+    assert not text.endswith("..")
+    assert "\n" not in text
     assert not re.search(r"\. [A-Z]", text), text
     for part in parts:
         assert str(part) in text
@@ -145,7 +147,7 @@ def test_a_slow_server_is_waited_for(host, cache):
     assert fetch(host.url("file", slow), NAME, SHA256).read_bytes() == GOOD
 
 
-@pytest.mark.parametrize(("answer", "reason"), [(cut, "100000 out of 200088 bytes"), (missing, "404 -- Not Found")])
+@pytest.mark.parametrize(("answer", "reason"), [(cut, "got only 100000 out of"), (missing, "404 -- Not Found")])
 @pytest.mark.parametrize("sha256", [SHA256, None])
 def test_a_download_that_fails_leaves_nothing(answer, reason, sha256, host, cache):
     assert reason in refused(ConnectionError, host.url("file", answer), cache, sha256)
@@ -173,7 +175,8 @@ def test_no_server_at_all(cache):
 def test_another_hash_than_the_published_one(host, cache):
     wrong = "0" * 64
     message = refused(ValueError, host.url("file", sends(GOOD)), cache, wrong)
-    assert SHA256 in message and wrong in message
+    assert SHA256 in message
+    assert wrong in message
     assert not os.listdir(cache)
 
 
@@ -195,7 +198,8 @@ def test_a_cached_file_of_another_hash_is_replaced(host, cache, capsys):
     (cache / NAME).write_bytes(GOOD[:-1])
     assert fetch(host.url("file", sends(GOOD)), NAME, SHA256).read_bytes() == GOOD
     assert f"{cache / NAME} has another SHA-256" in capsys.readouterr().out
-    assert host.asked == ["/file"] and os.listdir(cache) == [NAME]
+    assert host.asked == ["/file"]
+    assert os.listdir(cache) == [NAME]
 
 
 def test_a_cached_file_of_another_hash_stays_where_its_download_fails(host, cache):
@@ -260,7 +264,8 @@ def test_a_published_name_is_downloaded_and_loaded(host, cache, published, monke
         assert_same_weights(found, model)
     x = rng.uniform(-1, 1, (2, 32, 32, 3)).astype("float32")
     np.testing.assert_array_equal(found.predict(x, verbose=0), model.predict(x, verbose=0))
-    assert host.asked == ["/models/mobilenet.safetensors"] and os.listdir(cache) == ["mobilenet.safetensors"]
+    assert host.asked == ["/models/mobilenet.safetensors"]
+    assert os.listdir(cache) == ["mobilenet.safetensors"]
 
 
 def test_a_published_name_whose_file_is_broken_makes_no_model(host, cache, published, monkeypatch):
@@ -295,7 +300,8 @@ def test_addresses_of_the_hub(address, path, file_name, host, cache, published, 
     url = host.url(path, sends(data))
     monkeypatch.setattr(load, "HUB", url.removesuffix(path))
     assert_same_weights(build(input_shape=(32, 32, 3), weights=address), model)
-    assert host.asked == [f"/{path}"] and os.listdir(cache) == [file_name]
+    assert host.asked == [f"/{path}"]
+    assert os.listdir(cache) == [file_name]
 
 
 def test_a_repository_that_is_not_there(host, cache, monkeypatch):

@@ -600,7 +600,7 @@ def write_broken(folder, kind):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif kind == "chunk.png":
         # A spoilt name between the chunks of pixels, which Pillow reports as SyntaxError.
-        write_png_of_16_bits(path, np.zeros((8, 8), "uint16"))
+        write_png_of_16_bits(path, np.arange(64, dtype="uint16").reshape(8, 8) * 997)
         path.write_bytes(b"\x08\x11F\xc1".join(path.read_bytes().rsplit(b"IDAT", 1)))
     elif kind == "number.ppm":
         path.write_bytes(b"P6\n12 1x\n255\n" + bytes(36))

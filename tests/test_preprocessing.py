@@ -17,7 +17,6 @@ import timm.data
 import torch
 import torchvision
 import transformers
-from keras.src.applications import imagenet_utils
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import pil_loader
 from torchvision.transforms import Compose
@@ -444,7 +443,8 @@ def test_labels_are_imagenets():
 def test_decode_predictions_is_keras_own(top, rng, monkeypatch):
     # What Keras would download.
     index = {str(number): list(label) for number, label in enumerate(timm_labels())}
-    monkeypatch.setattr(imagenet_utils, "CLASS_INDEX", index)
+    module = keras.applications.imagenet_utils.decode_predictions.__globals__
+    monkeypatch.setitem(module, "CLASS_INDEX", index)
     for scores in (rng.uniform(size=(3, 1000)).astype("float32"), rng.normal(size=(3, 1000))):
         assert decode_predictions(scores, top) == keras.applications.mobilenet_v2.decode_predictions(scores, top)
 

@@ -1,11 +1,14 @@
 """The command line: `python -m keras_mnv2`, or `keras-mnv2`."""
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,20 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mnv2.arguments import check_whole
 from keras_mnv2.cost import cost_profile
 from keras_mnv2.evaluation import evaluation_data
 from keras_mnv2.model import MobileNetV2
-from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of, resize_and_crop
-from keras_mnv2.weights.load import checkpoint_of
-from keras_mnv2.weights.table import Preprocessing, list_weights
+from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of
+from keras_mnv2.weights.load import checkpoint_of, classes_of, read_source
+from keras_mnv2.weights.table import Checkpoint, Preprocessing, imagenet_checkpoint, list_weights
 
 TOP = 5
+# Numbers of classes, without and with the background.
+IMAGENET = (1000, 1001)
+# Threads that read images, each a batch ahead of the network.
+READERS = 2
+BAR = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,18 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         options.run(options)
-    except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        # Keras's errors may have several lines.
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     return 0
 
 
 def _parser():
     parser = argparse.ArgumentParser(prog="keras-mnv2", description="MobileNetV2 for Keras 3, from the command line.")
-    parser.add_argument("--version", action="version", version=f"keras_mnv2 {metadata.version('keras_mnv2')}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"keras_mnv2 {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name, run, about):
         command = commands.add_parser(name, help=about, description=about)
@@ -80,20 +93,30 @@ def _parser():
     return parser
 
 
+def _version():
+    try:
+        return metadata.version("keras_mnv2")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 def _predict(options):
+    check_whole("--top", options.top)
     for image in options.images:
         if not Path(image).is_file():
             raise FileNotFoundError(f"There is no image at {image!r}.")
-    model, how = _load(options)
-    pictures = np.stack([resize_and_crop(image, how) for image in options.images]).astype("float32")
-    scores = model.predict(pictures, verbose=0)
+    network = _choose(options)
+    data = evaluation_data(options.images, weights=network.how, normalize=network.normalize)
+    score = network.build()
+    scores = np.concatenate([score(x) for (x,) in _read_ahead(data)])
     found = dict(zip(options.images, _best(scores, options.top), strict=True))
     if options.json:
         print(json.dumps({image: [dataclasses.asdict(row) for row in rows] for image, rows in found.items()}, indent=2))
         return
     for image, rows in found.items():
         table = [(str(i + 1), row.name, row.wnid, f"{100 * row.probability:.2f} %") for i, row in enumerate(rows)]
-        head = ("", "class", "WordNet id" if rows[0].wnid else "", "probability")
+        # Only ImageNet's classes have an id.
+        head = ("", "class", "WordNet id" if scores.shape[1] in IMAGENET else "", "probability")
         print(f"{image}\n{_table(head, table, right=(0, 3))}\n")
 
 
@@ -106,7 +129,7 @@ class _Guess:
 
 
 def _best(scores, top):
-    if scores.shape[1] in (1000, 1001):
+    if scores.shape[1] in IMAGENET:
         names = [("", "background"), *imagenet_labels()][-scores.shape[1] :]
     else:
         names = [("", f"class {i}") for i in range(scores.shape[1])]
@@ -118,20 +141,23 @@ def _best(scores, top):
 
 
 def _evaluate(options):
-    # The folder first: its mistakes show at once, before a download.
+    # The folder first, then its names: their mistakes show before a download.
     data = evaluation_data(options.folder, batch_size=options.batch_size)
-    model, how = _load(options)
-    data.how, data.normalize = how, False
-    classes = _class_indices(data.class_names, model.output_shape[-1])
-    start, done = time.perf_counter(), 0
+    network = _choose(options)
+    data.how, data.normalize = network.how, network.normalize
+    classes = _class_indices(data.class_names, network.classes)
+    score = network.build()
+    total, done = len(data.images), 0
     right1 = right5 = 0
-    for i in range(len(data)):
-        x, labels = data[i]
-        best = np.argsort(-model.predict_on_batch(x), axis=1, kind="stable")[:, :TOP]
+    start = time.perf_counter()
+    for x, labels in _read_ahead(data):
+        best = np.argsort(-score(x), axis=1, kind="stable")[:, :TOP]
         hits = best == classes[labels][:, None]
         right1, right5, done = right1 + hits[:, 0].sum(), right5 + hits.any(axis=1).sum(), done + len(x)
         speed = done / (time.perf_counter() - start)
-        print(f"\r{done}/{len(data.images)} images, {speed:.1f} images/s", end="", file=sys.stderr, flush=True)
+        bar = ("=" * (BAR * done // total)).ljust(BAR)
+        told = f"\r[{bar}] {done:>{len(str(total))}}/{total} images, {speed:7.1f} images/s"
+        print(told, end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     result = {
         "weights": options.weights,
@@ -150,7 +176,7 @@ def _evaluate(options):
 
 def _class_indices(names, width):
     """The network's class of each folder, by its WordNet id or name, or by its place among others than ImageNet's."""
-    if width not in (1000, 1001):
+    if width not in IMAGENET:
         if len(names) != width:
             raise ValueError(
                 f"The folder must have as many class folders as the model has classes, {width}, got {len(names)}."
@@ -172,25 +198,82 @@ def _class_indices(names, width):
     return np.array(indices)
 
 
-def _load(options) -> tuple[keras.Model, Preprocessing]:
-    """A model that takes pixels of 0..255, and how they are resized and cut."""
-    weights = options.weights
+def _read_ahead(data):
+    """The batches in order; the next ones are read while the network has one."""
+    with ThreadPoolExecutor(READERS) as readers:
+        waiting = collections.deque(readers.submit(data.__getitem__, i) for i in range(min(READERS, len(data))))
+        for i in range(len(data)):
+            batch = waiting.popleft().result()
+            if i + READERS < len(data):
+                waiting.append(readers.submit(data.__getitem__, i + READERS))
+            yield batch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    """A chosen network, before it is built: `build` gives what maps a batch to probabilities."""
+
+    how: Preprocessing
+    normalize: bool
+    classes: int
+    build: Callable[[], Callable[[np.ndarray], np.ndarray]]
+
+
+def _choose(options) -> _Network:
+    """What the options say of a network; a checkpoint of the table is downloaded only when it is built."""
+    weights, alpha = options.weights, options.alpha
     if weights.endswith(".keras") and Path(weights).is_file():
-        try:
-            model = keras.models.load_model(weights, compile=False)
-        except Exception as error:
-            raise ValueError(
-                f"The file {weights!r} cannot be loaded as a model: {str(error).splitlines()[0]}"
-            ) from error
-        if len(model.output_shape) != 2:
-            raise ValueError(f"The model in {weights!r} must have a classifier, its output is {model.output_shape}.")
-        if not any(layer.name == "preprocess" for layer in model.layers):
-            model = keras.Sequential([model.inputs[0], keras.layers.Rescaling(1 / 127.5, offset=-1), model])
-        size = model.input_shape[1] or 224
-        return model, Preprocessing(int(size / 0.875), size)
-    checkpoint = None if weights == "imagenet" else checkpoint_of(weights)
-    model = MobileNetV2(weights=weights, alpha=options.alpha, include_preprocessing=True)
-    return model, preprocessing_of(checkpoint)
+        if alpha is not None:
+            raise ValueError(f"--alpha must be left out with a whole model, which has its own, got {alpha!r}.")
+        return _whole_model(weights)
+    checkpoint: Checkpoint | None
+    if weights == "imagenet":
+        checkpoint = imagenet_checkpoint(1.0 if alpha is None else alpha, (224, 224), True)
+    else:
+        checkpoint = checkpoint_of(weights)
+    if checkpoint is not None:
+        how, classes = checkpoint.preprocessing, checkpoint.classes
+    else:
+        # A download's progress bar must not come between what is printed for other programs.
+        with contextlib.redirect_stdout(sys.stderr):
+            how, classes = preprocessing_of(None), classes_of(read_source(weights))
+    if not classes:
+        raise ValueError(f"--weights must have a classifier, which {weights!r} has not.")
+
+    def build():
+        with contextlib.redirect_stdout(sys.stderr):
+            return _scoring(MobileNetV2(weights=weights, alpha=alpha, include_preprocessing=True))
+
+    return _Network(how, False, classes, build)
+
+
+def _whole_model(path):
+    try:
+        model = keras.models.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:
+        raise ValueError(f"The file {path!r} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
+    taken, given = model.input_shape, model.output_shape
+    if len(taken) != 4 or 3 not in (taken[1], taken[-1]) or len(given) != 2:
+        raise ValueError(
+            f"The model in {path!r} must take RGB images and have a classifier, it takes {taken} and gives {given}."
+        )
+    size = taken[2] or 224
+    scales = any(layer.name == "preprocess" for layer in model.layers)
+    return _Network(Preprocessing(int(size / 0.875), size), not scales, given[1], lambda: _scoring(model))
+
+
+def _scoring(model):
+    channels_first = model.input_shape[-1] != 3
+    logits = getattr(model.layers[-1], "activation", None) is keras.activations.linear
+
+    def score(x):
+        scores = model.predict_on_batch(np.moveaxis(x, -1, 1) if channels_first else x).astype("float32")
+        if logits:
+            scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+            scores /= scores.sum(axis=1, keepdims=True)
+        return scores
+
+    return score
 
 
 def _weights(options):
@@ -209,11 +292,11 @@ def _weights(options):
             f"{c.top1:.1f}",
             f"{c.top5:.1f}",
             c.licence or "other",
-            "published" if c.sha256 else "unknown",
+            "known" if c.sha256 else "unknown",
         )
         for c in found
     ]
-    head = ("name", "alpha", "pixels", "classes", "top-1", "top-5", "licence", "SHA-256")
+    head = ("name", "alpha", "size", "classes", "top-1", "top-5", "licence", "SHA-256")
     print(_table(head, rows, right=range(1, 6)))
     print(f"\n{len(found)} checkpoints; accuracies in percent, as published.")
 

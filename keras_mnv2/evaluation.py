@@ -28,6 +28,8 @@ class _Photographs(keras.utils.PyDataset):
         return -(-len(self.images) // self.batch_size)
 
     def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index!r}.")
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
         x = np.stack([resize_and_crop(image, self.how, self.size) for image in self.images[rows]]).astype("float32")
         if self.normalize:
@@ -42,27 +44,29 @@ def evaluation_data(
     weights: str | Checkpoint | Preprocessing | None = None,
     batch_size: int = 32,
     size: int | None = None,
-    normalize: bool = True,
     workers: int = 2,
+    normalize: bool = True,
 ) -> keras.utils.PyDataset:
     """Photographs as batches for `evaluate` and `predict` of any backend, prepared as a checkpoint expects.
 
     Args:
         images: a folder of class folders, a sequence of paths, or an array of bytes (number, height, width, 3).
-        labels: of a sequence or an array; those of a folder are the places of its class folders in their sorted order.
+        labels: whole numbers, of a sequence or an array; those of a folder are the places of its class folders in their
+            sorted order.
         weights: whose preprocessing, as in `preprocess_input` and `resize_and_crop`.
         batch_size: images a batch; the last one may have fewer.
         size: pixels of each side instead of the checkpoint's.
-        normalize: False leaves pixels of 0..255, for models with `include_preprocessing`.
         workers: threads that read images.
+        normalize: False leaves pixels of 0..255, for models with `include_preprocessing`.
 
     Returns:
         A `keras.utils.PyDataset` of float32 batches NHWC, with labels where there are any; its `class_names` are the
         folder's and its `paths` the files, otherwise None.
 
     Raises:
-        ValueError: on a folder without images or labels of another number and, while it is read, on a file
-            that is no image.
+        ValueError: on a folder without class folders or images, an array of another shape or type, labels of another
+            number and, while it is read, on a file that is no image.
+        FileNotFoundError: while it is read, where there is no such file.
 
     Example:
 
@@ -72,18 +76,29 @@ def evaluation_data(
     """
     check_whole("batch_size", batch_size)
     check_whole("workers", workers)
+    if size is not None:
+        check_whole("size", size)
     class_names = None
     if isinstance(images, str | os.PathLike):
         if labels is not None:
             raise ValueError("labels must be None where images is a folder, whose class folders are the labels.")
         images, labels, class_names = _class_folders(Path(images))
-    if not isinstance(images, np.ndarray):
+    if not isinstance(images, np.ndarray) or images.dtype.kind in "OU":
         images = list(images)  # type: ignore[arg-type]
+    elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(
+            "images must be a folder, a sequence of paths or an array of bytes (number, height, width, 3), "
+            f"got {images.dtype} of shape {images.shape}."
+        )
     if not len(images):
         raise ValueError("images must hold at least one image, got none.")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"labels must have one label an image, got {len(labels)} for {len(images)} images.")
-    labels = None if labels is None else np.asarray(labels, "int32")
+    if labels is not None:
+        labels = np.asarray(labels)
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise ValueError(f"labels must be whole numbers, one an image, got {labels.dtype} of shape {labels.shape}.")
+        labels = labels.astype("int32")
     how = preprocessing_of(weights)
     return _Photographs(images, labels, how, size, batch_size, normalize, class_names, workers)
 
@@ -92,14 +107,19 @@ def _class_folders(folder):
     if not folder.is_dir():
         raise ValueError(f"images must be an existing folder of class folders, got {str(folder)!r}.")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    paths, labels = [], []
+    if not names:
+        raise ValueError(f"images must be a folder of class folders, got {str(folder)!r}, which has none.")
+    paths: list[Path] = []
+    labels: list[int] = []
     for label, name in enumerate(names):
-        found = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in SUFFIXES)
+        # Other systems leave hidden files of their own beside images, with the same suffix.
+        shown = (path for path in (folder / name).iterdir() if not path.name.startswith("."))
+        found = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
         paths += found
         labels += [label] * len(found)
     if not paths:
         raise ValueError(
-            f"images must be a folder of class folders with images ({', '.join(SUFFIXES)}), "
-            f"got {str(folder)!r} with none."
+            f"images must be a folder whose class folders have images ({', '.join(SUFFIXES)}), "
+            f"got {str(folder)!r}, whose {len(names)} have none."
         )
     return paths, labels, names

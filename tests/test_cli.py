@@ -1,9 +1,11 @@
 """The command line: what it prints, and how it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +13,7 @@ from skimage import data
 from sklearn.datasets import load_sample_images
 
 import keras_mnv2
-from keras_mnv2.cli import main
+from keras_mnv2.cli import _scoring, main
 from tests.helpers import randomise
 
 
@@ -108,12 +110,130 @@ def test_a_whole_model_of_other_classes(capsys, tmp_path):
     assert "as many class folders as the model has classes, 2, got 3" in err
 
 
+def test_logits_become_probabilities(files, capsys, tmp_path):
+    folder, _ = files
+    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3, classifier_activation=None)
+    model.layers[-1].bias.assign(np.log([0.2, 0.5, 0.3]))
+    model.layers[-1].kernel.assign(np.zeros((1280, 3)))
+    model.save(tmp_path / "model.keras")
+    status, out, _ = run(capsys, "predict", folder / "china.jpg", "--weights", tmp_path / "model.keras")
+    assert status == 0
+    assert [line.split() for line in out.splitlines()[1:]] == [
+        ["class", "probability"],
+        ["-", "-------", "-----------"],
+        ["1", "class", "1", "50.00", "%"],
+        ["2", "class", "2", "30.00", "%"],
+        ["3", "class", "0", "20.00", "%"],
+        [],
+    ]
+
+
+def test_the_background_shifts_the_names(files, capsys, tmp_path):
+    folder, _ = files
+    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=1001)
+    model.layers[-1].bias.assign(10 * np.eye(1001)[284] + 5 * np.eye(1001)[0])
+    model.save(tmp_path / "model.keras")
+    options = ("--weights", tmp_path / "model.keras", "--json")
+    _, out, _ = run(capsys, "predict", folder / "china.jpg", *options, "--top", 2)
+    ((first, second),) = json.loads(out).values()
+    assert (first["index"], first["wnid"], first["name"]) == (284, "n02123394", "Persian_cat")
+    assert (second["index"], second["wnid"], second["name"]) == (0, "", "background")
+    for name in ("Persian cat", "n01440764"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        shutil.copy(folder / "china.jpg", tmp_path / "images" / name)
+    status, out, _ = run(capsys, "evaluate", tmp_path / "images", *options)
+    found = json.loads(out)
+    assert (status, found["images"], found["top1"]) == (0, 2, 50)
+
+
+def test_channels_first_models_are_fed_so(files, tmp_path):
+    folder, _ = files
+    last = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=4, include_preprocessing=True)
+    first = keras.Sequential([keras.Input((3, 32, 32)), keras.layers.Permute((2, 3, 1)), last])
+    (x,) = keras_mnv2.evaluation_data([folder / "china.jpg"], size=32, normalize=False)[0]
+    np.testing.assert_allclose(_scoring(first)(x), _scoring(last)(x), rtol=1e-4)
+
+
+def test_what_a_build_prints_stays_out_of_the_json(files, capsys, monkeypatch):
+    folder, model = files
+
+    def build(**_):
+        print("[====>   ] downloading")
+        return model
+
+    monkeypatch.setattr("keras_mnv2.cli.MobileNetV2", build)
+    status, out, err = run(capsys, "predict", folder / "china.jpg", "--json", "--top", 1)
+    assert (status, len(json.loads(out))) == (0, 1)
+    assert "downloading" in err
+
+
+def test_mistakes_come_before_any_download(files, capsys, monkeypatch, tmp_path):
+    folder, _ = files
+    monkeypatch.setattr("keras_mnv2.cli.MobileNetV2", lambda **_: pytest.fail("it was built"))
+    (tmp_path / "dog_or_cat").mkdir()
+    shutil.copy(folder / "china.jpg", tmp_path / "dog_or_cat")
+    for arguments, message in (
+        (["predict", folder / "gone.jpg"], "There is no image at"),
+        (["predict", folder / "china.jpg", "--top", 0], "--top must be a whole number of at least 1, got 0."),
+        (["predict", folder / "china.jpg", "--alpha", 0.6], "alpha"),
+        (["predict", folder / "china.jpg", "--weights", "keras/mobilenet_v2_1.0_224_no_top"], "must have a classifier"),
+        (["evaluate", tmp_path], "got 'dog_or_cat'"),
+        (["evaluate", tmp_path, "--batch-size", 0], "batch_size must be a whole number of at least 1, got 0."),
+    ):
+        status, out, err = run(capsys, *arguments)
+        assert (status, out) == (2, "")
+        assert message in err
+
+
+def test_models_that_cannot_be_used_are_named(files, capsys, tmp_path):
+    folder, _ = files
+    model = keras_mnv2.MobileNetV2((32, 32, 1), alpha=0.35, weights=None, classes=2)
+    model.save(tmp_path / "grey.keras")
+    (tmp_path / "broken.keras").write_bytes(b"no model")
+    no_top = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, include_top=False)
+    keras_mnv2.save_weights(no_top, tmp_path / "no_top.h5")
+    for options, message in (
+        (["grey.keras"], "must take RGB images and have a classifier, it takes (None, 32, 32, 1) and gives (None, 2)."),
+        (["broken.keras"], "cannot be loaded as a model"),
+        (["no_top.h5", "--alpha", 0.35], "must have a classifier"),
+        (["grey.keras", "--alpha", 0.35], "--alpha must be left out with a whole model"),
+    ):
+        name, *others = options
+        status, out, err = run(capsys, "predict", folder / "china.jpg", "--weights", tmp_path / name, *others)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
+
+
+def test_a_broken_image_ends_an_evaluation(files, capsys, tmp_path):
+    folder, _ = files
+    keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=1).save(tmp_path / "model.keras")
+    (tmp_path / "images" / "all").mkdir(parents=True)
+    shutil.copy(folder / "china.jpg", tmp_path / "images" / "all")
+    (tmp_path / "images" / "all" / "torn.png").write_bytes((folder / "coffee.png").read_bytes()[:5000])
+    status, out, err = run(capsys, "evaluate", tmp_path / "images", "--weights", tmp_path / "model.keras")
+    assert (status, out) == (2, "")
+    assert "torn.png' cannot be read as an image" in err
+
+
+def test_without_a_command_it_prints_its_help(capsys):
+    status, out, err = run(capsys)
+    assert (status, out) == (2, "")
+    for name in ("predict", "evaluate", "weights", "profile"):
+        assert f"    {name} " in err
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == f"keras_mnv2 {keras_mnv2.__version__}"
+
+
 def test_weights_is_the_table(capsys):
     status, out, _ = run(capsys, "weights")
     lines = out.splitlines()
     assert status == 0
     assert [line.split()[0] for line in lines[2:-2]] == [c.name for c in keras_mnv2.list_weights()]
-    assert lines[-1].startswith("55 checkpoints")
+    assert lines[-1].startswith(f"{len(keras_mnv2.list_weights())} checkpoints")
+    assert max(map(len, lines)) <= 100
     _, out, _ = run(capsys, "weights", "timm/*120d*", "--json")
     (record,) = json.loads(out)
     assert (record["alpha"], record["depth_multiplier"], record["top1"]) == (1.2, 1.4, 77.302)

@@ -25,22 +25,24 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_a_folder_gives_what_the_functions_give(folder):
-    data = keras_mnv2.evaluation_data(folder, weights=NAME, batch_size=4)
+@pytest.mark.parametrize("name", [NAME, "keras/mobilenet_v2_0.35_96", None])
+def test_a_batch_is_what_the_functions_give(folder, name):
+    side = 96 if name and name.endswith("96") else 224
+    data = keras_mnv2.evaluation_data(folder, weights=name, batch_size=4)
     assert data.class_names == ["china", "flower"]
     assert [path.name for path in data.paths] == ["0.jpg", "1.PNG", "2.webp"] * 2
     assert len(data) == 2
     x, labels = data[1]
-    assert (x.shape, x.dtype, labels.tolist()) == ((2, 224, 224, 3), np.float32, [1, 1])
-    pixels = np.stack([keras_mnv2.resize_and_crop(path, NAME) for path in data.paths[4:]])
+    assert (x.shape, x.dtype, labels.tolist()) == ((2, side, side, 3), np.float32, [1, 1])
+    pixels = np.stack([keras_mnv2.resize_and_crop(path, name) for path in data.paths[4:]])
     expected = keras.ops.convert_to_numpy(
-        keras_mnv2.preprocess_input(pixels, weights=NAME, data_format="channels_last")
+        keras_mnv2.preprocess_input(pixels, weights=name, data_format="channels_last")
     )
     np.testing.assert_allclose(x, expected, atol=1e-6)
     np.testing.assert_array_equal(data[1][0], x)
-    raw = keras_mnv2.evaluation_data(folder, weights=NAME, batch_size=4, normalize=False, size=96)
+    raw = keras_mnv2.evaluation_data(folder, weights=name, batch_size=4, normalize=False, size=96)
     assert raw[0][0].shape == (4, 96, 96, 3)
-    np.testing.assert_array_equal(raw[1][0][0], keras_mnv2.resize_and_crop(data.paths[4], NAME, 96))
+    np.testing.assert_array_equal(raw[1][0][0], keras_mnv2.resize_and_crop(data.paths[4], name, 96))
 
 
 def test_evaluate_and_predict_take_it(folder):
@@ -60,14 +62,41 @@ def test_arrays_and_paths(folder):
     assert data.paths is None
     (x,) = keras_mnv2.evaluation_data(sorted((folder / "china").glob("*.jpg")), size=32)[0]
     assert x.shape == (1, 32, 32, 3)
+    names = np.array([str(path) for path in sorted((folder / "china").glob("*.jpg"))])
+    np.testing.assert_array_equal(keras_mnv2.evaluation_data(names, size=32)[0][0], x)
+
+
+def test_a_batch_depends_on_its_index_alone(folder):
+    data = keras_mnv2.evaluation_data(folder, size=32, batch_size=4)
+    last = data[1][0]
+    batches = list(data)
+    assert [len(x) for x, _ in batches] == [4, 2]
+    np.testing.assert_array_equal(batches[1][0], last)
+    for index in (2, -1):
+        with pytest.raises(IndexError, match=f"index must be from 0 to 1, got {index}"):
+            data[index]
 
 
 def test_what_is_refused(folder, tmp_path):
     refused = keras_mnv2.evaluation_data
     with pytest.raises(ValueError, match="images must be an existing folder"):
         refused(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="images must be a folder of class folders with images"):
+    with pytest.raises(ValueError, match=r"images must be a folder of class folders, got .*, which has none"):
         refused(tmp_path)
+    (tmp_path / "china").mkdir()
+    (tmp_path / "china" / ".hidden.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"whose class folders have images \(.bmp, .*whose 1 have none"):
+        refused(tmp_path)
+    with pytest.raises(ValueError, match=r"number, height, width, 3\), got uint8 of shape \(40, 40, 3\)"):
+        refused(np.zeros((40, 40, 3), "uint8"))
+    with pytest.raises(ValueError, match=r"got float32 of shape \(2, 40, 40, 3\)"):
+        refused(np.zeros((2, 40, 40, 3), "float32"))
+    with pytest.raises(ValueError, match="labels must be whole numbers, one an image, got float64"):
+        refused(np.zeros((2, 40, 40, 3), "uint8"), [0, 0.5])
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got 0"):
+        refused(folder, size=0)
+    with pytest.raises(ValueError, match="batch_size must be a whole number"):
+        refused(folder, batch_size=0)
     with pytest.raises(ValueError, match="labels must be None where images is a folder"):
         refused(folder, [0])
     with pytest.raises(ValueError, match="labels must have one label an image, got 1 for 2 images"):

@@ -11,7 +11,8 @@ from tests.conftest import BACKENDS
 from tests.helpers import double_precision, note, randomise, relative_difference, relative_norm, run_python
 from tests.peers import copy_keras_applications, copy_torchvision, exact_batch_norms, torch_pairs
 
-WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
+# tests/test_weights.py has all six in float32.
+WIDTHS = (0.35, 1.0, 1.4)
 # Beside the model with its top, each width has one of the others.
 TOPS = ({}, {"pooling": "avg"}, {"pooling": "max"})
 
@@ -36,7 +37,7 @@ def test_keras_applications(alpha, rng):
     # In float64: in float32 both models are about 2e-5 off these numbers, each by its own rounding.
     largest = 0.0
     with double_precision():
-        for size, top in ((96, {}), (128, {"include_top": False, **TOPS[WIDTHS.index(alpha) % 3]})):
+        for size, top in ((96, {}), (128, {"include_top": False, **TOPS[WIDTHS.index(alpha)]})):
             found, expected = outputs_beside_keras_applications(alpha, size, top, rng)
             assert found.dtype == "float64"
             largest = max(largest, relative_difference(found, expected))

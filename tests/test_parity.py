@@ -14,7 +14,7 @@ from tests.peers import copy_keras_applications, copy_torchvision, exact_batch_n
 # tests/test_weights.py has all six in float32.
 WIDTHS = (0.35, 1.0, 1.4)
 # Beside the model with its top, each width has one of the others.
-TOPS = ({}, {"pooling": "avg"}, {"pooling": "max"})
+TOPS = ({"pooling": "avg"}, {"pooling": "max"}, {})
 
 
 def outputs_beside_keras_applications(alpha, size, top, rng):

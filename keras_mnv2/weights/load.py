@@ -138,16 +138,11 @@ def load_source(model: keras.Model, source: Source, skip_classifier: bool = Fals
         _load_as_keras_does(model, source.path)
         return
     blocks = _blocks(model)
-    head, top = "head/kernel" in variables, _CLASSIFIER[0] in variables
-    later = [] if head else later_blocks(source.layout, source.arrays, len(blocks))
+    later = [] if "head/kernel" in variables else later_blocks(source.layout, source.arrays, len(blocks))
     names = file_names(source.layout, [*blocks, *later], True, True, source.arrays)
 
-    # What the file may have and the model has no place for: the classifier, and what follows a model's last block.
-    idle = set() if top and not skip_classifier else set(_CLASSIFIER)
-    idle |= {name for name in names if not head and _unit(name) not in {_unit(v) for v in variables}}
     wanted = {name: names[name] for name in variables if not (skip_classifier and name in _CLASSIFIER)}
-    by_key = {array.key: name for name, array in names.items()}
-    unknown = sorted(key for key in source.arrays if key not in by_key)
+    unknown = sorted(source.arrays.keys() - {array.key for array in names.values()})
     missing = sorted(a.key for a in wanted.values() if a.key not in source.arrays)
     told = f"The file {str(source.path)!r} ({source.layout.name} layout) does not fit the model"
     if missing:
@@ -170,7 +165,9 @@ def load_source(model: keras.Model, source: Source, skip_classifier: bool = Fals
         if not np.isfinite(found).all():
             raise ValueError(f"{told}: {array.key} holds values that are not finite.")
         values[name] = found
-    left = sorted(names[name].key for name in idle if names[name].key in source.arrays)
+    # Every known array but the counters that has no variable: the classifier, and what follows a model's last block.
+    unused = (array.key for name, array in names.items() if name not in wanted and array.role != "counter")
+    left = sorted(key for key in unused if key in source.arrays)
     for name, value in values.items():
         variables[name].assign(value)
     if skip_classifier:

@@ -3,10 +3,12 @@
 from keras_mnv2 import layers
 from keras_mnv2.cost import CostProfile, cost_profile
 from keras_mnv2.evaluation import evaluation_data
-from keras_mnv2.export import export
+from keras_mnv2.export import ExportReport, export
 from keras_mnv2.fold import fold_batch_norm
+from keras_mnv2.formats.runtimes import load_export
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.preprocessing import decode_predictions, preprocess_input, resize_and_crop
+from keras_mnv2.quantize import quantize_aware
 from keras_mnv2.weights.load import load_weights, save_weights
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, list_weights
 
@@ -14,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CostProfile",
+    "ExportReport",
     "MobileNetV2",
     "Preprocessing",
     "cost_profile",
@@ -23,8 +26,10 @@ __all__ = [
     "fold_batch_norm",
     "layers",
     "list_weights",
+    "load_export",
     "load_weights",
     "preprocess_input",
+    "quantize_aware",
     "resize_and_crop",
     "save_weights",
 ]

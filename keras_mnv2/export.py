@@ -1,10 +1,14 @@
 """Models as files for other runtimes, from every backend, each checked in its own runtime."""
 
+import contextlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,130 +16,332 @@ import keras
 import numpy as np
 
 from keras_mnv2.arguments import check_choice
+from keras_mnv2.fold import fold_batch_norm
+from keras_mnv2.formats import converters, runtimes
+from keras_mnv2.formats.graphs import TRACED_SIDE, named, output_names, write_exported_program, write_saved_model
+from keras_mnv2.preprocessing import imagenet_labels
+from keras_mnv2.quantize import is_quantized
 
-FORMATS = ("tf_saved_model",)
-# The largest difference of an output that a right export shows in float32 is about 1e-6.
-LARGEST_DIFFERENCE = 1e-4
 
-# Run in processes of their own: the first with Keras on TensorFlow, the second with TensorFlow alone.
-_EXPORT = """
-import sys, keras, keras_mnv2
-keras.models.load_model(sys.argv[1], compile=False).export(sys.argv[2], format="tf_saved_model", verbose=False)
-"""
-_RUN = """
-import sys
-sys.modules["keras"] = None  # Importing it fails from here on: the file must not need it.
-import numpy as np, tensorflow as tf
-loaded = tf.saved_model.load(sys.argv[1])
-images = np.load(sys.argv[2])
-outputs = {}
-for start in range(0, len(images), 256):
-    y = loaded.serve(tf.constant(images[start : start + 256]))
-    for name, value in (y if isinstance(y, dict) else {"output": y}).items():
-        outputs.setdefault(name, []).append(value.numpy())
-np.savez(sys.argv[3], **{name: np.concatenate(values) for name, values in outputs.items()})
-"""
+@dataclass(frozen=True)
+class _Format:
+    """What a format is made by, and what it needs.
+
+    Attributes:
+        backend: the one whose graph it is made from.
+        packages: what must be installed, as modules.
+        suffix: what its path must end in; empty for a folder.
+        extra: of this package, that brings what it needs.
+    """
+
+    backend: str
+    packages: tuple[str, ...]
+    suffix: str
+    extra: str
+
+
+FORMATS = {
+    "tf_saved_model": _Format("tensorflow", ("tensorflow",), "", "tensorflow"),
+    "onnx": _Format("torch", ("torch", "onnx", "onnxscript", "onnxruntime"), ".onnx", "onnx"),
+    "litert": _Format("tensorflow", ("tensorflow", "ai_edge_litert"), ".tflite", "litert"),
+    "openvino": _Format("tensorflow", ("tensorflow", "openvino"), ".xml", "openvino"),
+    "torch": _Format("torch", ("torch",), ".pt2", "torch"),
+}
+PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
+IO_DTYPES = ("int8", "uint8")
+# The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
+# float32; float16 rounds weights by up to 5e-4 of their size; 16-bit models round each activation by up to 4e-3.
+LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 2e-2}
+LARGEST_OF_16_BITS = 1e-1
+# For integers the mean error, as a share of the outputs' standard deviation: a wrong conversion has about 1.
+LARGEST_MEAN_ERROR = 0.5
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` wrote, and how near it is to the model.
+
+    Attributes:
+        path: of the file or folder.
+        format: as asked for.
+        precision: as asked for.
+        images: how many were compared.
+        largest_difference: of any number of any output, absolute.
+        mean_absolute_error: over all numbers of all outputs.
+        top1_agreement: share of the images whose largest score is of the same class; None unless the model has one
+            output (batch, classes).
+        size: of the file or folder, in bytes.
+    """
+
+    path: Path
+    format: str
+    precision: str
+    images: int
+    largest_difference: float
+    mean_absolute_error: float
+    top1_agreement: float | None
+    size: int
+
+    def __str__(self):
+        words = [
+            f"{self.path}: {self.size / 1e6:.2f} MB, on {self.images} images largest difference "
+            f"{self.largest_difference:.2g}, mean absolute error {self.mean_absolute_error:.2g}"
+        ]
+        if self.top1_agreement is not None:
+            words.append(f"top-1 agreement {self.top1_agreement:.2%}")
+        return ", ".join(words)
 
 
 def export(
     model: keras.Model,
     path: str | os.PathLike,
     format: str = "tf_saved_model",
+    *,
+    precision: str = "float32",
+    calibration: Any = None,
+    io_dtype: str = "int8",
+    fold: bool = True,
+    labels: Sequence[str] | str | None = None,
     sample: Any = None,
+    overwrite: bool = False,
     verbose: bool = True,
-) -> float:
-    """Writes `model` as a SavedModel, from any backend, and checks it with TensorFlow alone.
+) -> ExportReport:
+    """Writes `model` as a file for another runtime, from any backend, and checks it there before it returns.
 
-    On JAX and PyTorch the model crosses over in a `.keras` file to a child process with Keras on
-    TensorFlow, which exports it. The result is then loaded in a process without Keras and run on
-    `sample`, whole and one image at a time of its first; only then does it get its final name.
+    SavedModel, LiteRT and OpenVINO are made through TensorFlow, ONNX and `.pt2` through PyTorch. On another backend
+    the model crosses over in a `.keras` file to a child process. The result is run in its own runtime, in a process
+    without Keras, on `sample` whole and on one image; only then does it get its final name.
 
     Args:
         model: a built model with one input, that `keras.models.load_model` can load.
-        path: folder to write. A SavedModel that is there already is replaced.
-        format: `"tf_saved_model"`.
-        sample: images to compare on, (batch, *model.input_shape[1:]); by default four random ones.
-        verbose: whether to print the largest difference.
+        path: file or folder to write: it ends in `.onnx`, `.tflite`, `.xml` (OpenVINO, which writes a `.bin` beside
+            it) or `.pt2`; a SavedModel is a folder.
+        format: `"tf_saved_model"`, `"onnx"`, `"litert"`, `"openvino"` or `"torch"`, as in `keras.Model.export`.
+        precision: `"float32"`; with `format="litert"` also `"float16"` (weights of 16 bits), `"dynamic_int8"` (weights
+            of 8 bits) or `"int8"` (whole numbers alone). A model of `quantize_aware` has `"int8"` there.
+        calibration: for `precision="int8"`, images (n, *model.input_shape[1:]) as the model takes them: the ranges of
+            its activations are those that these give. Some hundred are enough. A model of `quantize_aware` has ranges
+            of its own.
+        io_dtype: for `precision="int8"`, the type of input and output, `"int8"` or `"uint8"`.
+        fold: whether to fold the batch norms into the kernels (`fold_batch_norm`) first.
+        labels: for a SavedModel, the names of the classes, or `"imagenet"`: an asset, one name a line.
+        sample: images to compare on, (batch, *model.input_shape[1:]); by default up to 64 of `calibration`, or four
+            random ones.
+        overwrite: whether a file or SavedModel that is at `path` may be replaced.
+        verbose: whether to print the report.
 
     Returns:
-        The largest absolute difference between the outputs of `model` and of the file.
+        A report with the differences and the size.
 
     Raises:
-        ValueError: on an unknown format, an unfit sample, or a path that holds something else.
-        ImportError: where TensorFlow is not installed.
-        RuntimeError: where the child process fails or the outputs differ by more than 1e-4; nothing
-            is left under `path`.
+        ValueError: on an unknown format, a path that exists or ends in another suffix, images of another shape, or a
+            model that cannot be folded.
+        ImportError: where a package is missing; it says what to install.
+        RuntimeError: where a conversion fails, or the outputs differ by more than the precision accounts for (float32:
+            1e-4 of the largest output); nothing is left under `path`.
 
     Example:
 
     >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> export(model, "mobilenet", verbose=False) < 1e-4
+    >>> export(model, "mobilenet", verbose=False).largest_difference < 1e-4
     True
     """
-    check_choice("format", format, FORMATS)
+    check_choice("format", format, tuple(FORMATS))
     path = Path(path)
-    if path.exists() and not (path / "saved_model.pb").is_file():
-        raise ValueError(f"path must be new or hold a SavedModel to replace, got {str(path)!r}.")
-    if importlib.util.find_spec("tensorflow") is None:
-        raise ImportError('format="tf_saved_model" needs TensorFlow: pip install "keras_mnv2[tensorflow]".')
-    images = _sample(model, sample)
+    quantized = _check(model, path, format, precision, calibration, io_dtype, overwrite)
+    labels = _labels(model, format, labels)
+    calibration = None if calibration is None else _images(model, "calibration", calibration)
+    images = _sample(model, sample, calibration)
+    _require(format)
+    source = _folded(model) if fold else model
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         folder = Path(scratch)
-        target = folder / "saved_model"
-        if keras.backend.backend() == "tensorflow":
-            model.export(str(target), format=format, verbose=False)
+        # Files that name each other, as OpenVINO's do, need their final names.
+        target = folder / "result" / path.name
+        target.parent.mkdir()
+        graph = folder / ("graph.pt2" if FORMATS[format].backend == "torch" else "graph")
+        if format in converters.CONVERTERS:
+            _write_graph(source, graph, folder, format, labels)
+            options = {"input_name": model.inputs[0].name, "output_names": output_names(source), "precision": precision}
+            options |= {"io_dtype": io_dtype, "quantized": quantized}
+            if calibration is not None:
+                np.save(folder / "calibration.npy", calibration)
+                options["calibration"] = str(folder / "calibration.npy")
+            _run(converters.__file__, format, graph, target, json.dumps(options))
         else:
-            model.save(folder / "model.keras")
-            _child(_EXPORT, folder / "model.keras", target)
-        difference = max(_difference(model, target, x, folder) for x in (images, images[:1]))
-        if not difference <= LARGEST_DIFFERENCE:
-            raise RuntimeError(
-                f"The export to {str(path)!r} differs from the model by {difference:.2g}, "
-                f"more than {LARGEST_DIFFERENCE:.0e}; nothing was written."
-            )
-        if path.exists():
-            path.rename(folder / "replaced")
-        target.rename(path)
+            _write_graph(source, target, folder, format, labels)
+        report = _compare(model, target, images, folder, path, format, precision)
+        _move(target.parent, path, folder)
     if verbose:
-        print(f"{path}: outputs differ from the model's by at most {difference:.2g} on {len(images)} images.")
-    return difference
+        print(report)
+    return report
 
 
-def _sample(model, sample):
+def _check(model, path, format, precision, calibration, io_dtype, overwrite):
+    """Checks the arguments that go together, and says whether the model has ranges of its own."""
+    if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
+        raise ValueError(f"model must be a built Keras model, got {model!r}.")
     if len(model.inputs) != 1:
         raise ValueError(f"model must have one input, got {len(model.inputs)}.")
-    spec = model.inputs[0]
-    if sample is None:
-        # 64 pixels where the size is free.
-        shape = [4, *(n or 64 for n in spec.shape[1:])]
-        sample = np.random.default_rng(0).uniform(-1, 1, shape)
-    images = np.asarray(sample, spec.dtype)
-    expected = spec.shape[1:]
-    fits = images.ndim == len(spec.shape) and all(
-        n in (None, m) for n, m in zip(expected, images.shape[1:], strict=False)
+    check_choice("precision", precision, PRECISIONS if format == "litert" else PRECISIONS[:1])
+    check_choice("io_dtype", io_dtype, IO_DTYPES)
+    quantized = is_quantized(model)
+    if quantized and format == "litert" and precision != "int8":
+        raise ValueError(f'precision must be "int8" for a model of quantize_aware as LiteRT, got {precision!r}.')
+    if precision == "int8" and not quantized and calibration is None:
+        raise ValueError('calibration must be images for precision="int8", got None.')
+    if calibration is not None and (precision != "int8" or quantized):
+        raise ValueError('calibration must be left out but for precision="int8" of a model without ranges of its own.')
+    suffix = FORMATS[format].suffix
+    if suffix and path.suffix != suffix:
+        raise ValueError(f"path must end in {suffix!r} for format={format!r}, got {str(path)!r}.")
+    replaceable = overwrite and (path.is_file() if suffix else (path / "saved_model.pb").is_file())
+    if path.exists() and not replaceable:
+        kind = "a file" if suffix else "a SavedModel"
+        raise ValueError(f"path must be new, or {kind} with overwrite=True, got {str(path)!r}, which exists.")
+    return quantized
+
+
+def _labels(model, format, labels):
+    if labels is None:
+        return None
+    if format != "tf_saved_model":
+        raise ValueError(f'labels must be left out but for format="tf_saved_model", got them for {format!r}.')
+    names = [label.name for label in imagenet_labels()] if isinstance(labels, str) and labels == "imagenet" else labels
+    classes = model.output_shape[-1] if isinstance(model.output_shape, tuple) else None
+    if isinstance(names, str) or len(names) != classes or any("\n" in name for name in names):
+        what = f"{len(names)} of them" if not isinstance(names, str) else repr(names)
+        raise ValueError(f'labels must be "imagenet" or {classes} names of one line each, got {what}.')
+    return list(names)
+
+
+def _images(model, name, given):
+    """`given` as an array in the model's type, with a shape that it takes."""
+    expected = model.inputs[0].shape[1:]
+    images = np.asarray(given, model.inputs[0].dtype)
+    fits = images.ndim == len(expected) + 1 and all(
+        n in (None, m) for n, m in zip(expected, images.shape[1:], strict=True)
     )
     if not fits or not len(images):
-        raise ValueError(f"sample must have the shape (batch, *{tuple(expected)}), got {images.shape}.")
+        raise ValueError(f"{name} must have the shape (batch, *{tuple(expected)}), got {images.shape}.")
     return images
 
 
-def _difference(model, target, images, folder):
-    np.save(folder / "images.npy", images)
-    _child(_RUN, target, folder / "images.npy", folder / "outputs.npz")
-    expected = model.predict(images, verbose=0)
-    expected = expected if isinstance(expected, dict) else {"output": expected}
-    with np.load(folder / "outputs.npz") as found:
-        if set(found) != set(expected):
-            raise RuntimeError(f"The export has the outputs {sorted(found)}, the model {sorted(expected)}.")
-        return max(float(np.abs(expected[name] - found[name]).max()) for name in expected)
+def _sample(model, sample, calibration):
+    if sample is None and calibration is not None:
+        return calibration[:64]
+    if sample is None:
+        raw = any(layer.name == "preprocess" for layer in model.layers)
+        shape = [4, *(n or TRACED_SIDE for n in model.inputs[0].shape[1:])]
+        sample = np.random.default_rng(0).uniform(*((0, 255) if raw else (-1, 1)), shape)
+    return _images(model, "sample", sample)
 
 
-def _child(code, *arguments):
+def _require(format):
+    missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'format="{format}" needs {" and ".join(missing)}, which is not installed: '
+            f'pip install "keras_mnv2[{FORMATS[format].extra}]".'
+        )
+
+
+def _folded(model):
+    try:
+        return fold_batch_norm(model)
+    except ValueError as error:
+        raise ValueError(f"{error} With fold=False the model is exported as it is.") from error
+
+
+def _write_graph(model, target, folder, format, labels):
+    backend = FORMATS[format].backend
+    if keras.backend.backend() == backend and not _on_gpu():
+        if backend == "torch":
+            write_exported_program(model, target)
+        else:
+            write_saved_model(model, target, labels)
+        return
+    model.save(folder / "model.keras")
+    _run("-m", "keras_mnv2.formats.graphs", backend, folder / "model.keras", target, json.dumps(labels), keras=backend)
+
+
+def _on_gpu():
+    # A program of PyTorch keeps the device that it was traced on.
+    return keras.backend.backend() == "torch" and sys.modules["torch"].cuda.is_available()
+
+
+def _run(*arguments, keras="tensorflow"):
+    """Runs Python with these arguments; what goes wrong in it is one sentence."""
     # A child that needs no accelerator: the parent may hold all of its memory.
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "KERAS_BACKEND": keras, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-P", "-W", "ignore", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"TensorFlow could not export or run the model in its own process: {lines[-1]}")
+        lines = [line for line in done.stderr.strip().splitlines() if line] or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"The export failed in its own process: {_cause(lines)}")
+
+
+def _cause(lines):
+    """The line that names an exception, the last that starts as one does; or the last line."""
+    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
+    return (named or lines)[-1][:500]
+
+
+def _compare(model, target, images, folder, path, format, precision):
+    """Runs the file in its own runtime, at two batch sizes, and reports how its outputs differ."""
+    batches = [images, images[:1] if len(images) > 1 else np.repeat(images, 2, axis=0)]
+    np.savez(folder / "images.npz", *batches)
+    _run(runtimes.__file__, target, folder / "images.npz", folder / "outputs.npz")
+    expected = runtimes.outputs_of(lambda x: _numpy(named(model, model.predict(x, verbose=0))), batches)
+    with np.load(folder / "outputs.npz") as file:
+        found = dict(file)
+    if len(model.outputs) == 1:
+        # A single tensor of PyTorch has no name.
+        found = dict(zip(sorted(expected), (found[name] for name in sorted(found)), strict=True))
+    if {name: y.shape for name, y in found.items()} != {name: y.shape for name, y in expected.items()}:
+        raise RuntimeError(f"The export has the outputs {_shapes(found)}, the model {_shapes(expected)}.")
+    errors = {name: np.abs(expected[name].astype("float64") - found[name]) for name in expected}
+    largest = max(float(error.max()) for error in errors.values())
+    mean = float(np.concatenate([error.ravel() for error in errors.values()]).mean())
+    agreement = None
+    if len(model.outputs) == 1 and (scores := next(iter(expected.values()))).ndim == 2 and scores.shape[1] > 1:
+        (name,) = (name for name in expected if name.startswith("0/"))
+        agreement = float((expected[name].argmax(1) == found[name].argmax(1)).mean())
+    if precision in LARGEST_DIFFERENCE:
+        scale = max(1.0, *(float(np.abs(y).max()) for y in expected.values()))
+        sixteen = any(getattr(layer, "compute_dtype", "") in ("float16", "bfloat16") for layer in model.layers)
+        limit = scale * (LARGEST_OF_16_BITS if sixteen else LARGEST_DIFFERENCE[precision])
+        what, value = "its largest difference", largest
+    else:
+        limit = LARGEST_MEAN_ERROR * min(float(y.std()) for name, y in expected.items() if name.startswith("0/"))
+        what, value = "its mean absolute error", mean
+    if not value <= limit:
+        raise RuntimeError(
+            f"The export to {str(path)!r} differs from the model: {what} is {value:.2g}, the most that {precision} "
+            f"may show {limit:.2g}; nothing was written."
+        )
+    size = sum(file.stat().st_size for file in target.parent.rglob("*") if file.is_file())
+    return ExportReport(path, format, precision, len(images), largest, mean, agreement, size)
+
+
+def _numpy(outputs):
+    return {name: keras.ops.convert_to_numpy(y) for name, y in outputs.items()}
+
+
+def _shapes(outputs):
+    return ", ".join(f"{name.partition('/')[2]} {y.shape}" for name, y in outputs.items() if name.startswith("0/"))
+
+
+def _move(folder, path, scratch):
+    """Gives the results their final names, the named one last; what it replaces goes when the scratch folder does."""
+    others = [result for result in folder.iterdir() if result.name != path.name]
+    with contextlib.ExitStack() as undo:
+        for result in others:
+            result.replace(path.with_name(result.name))
+            undo.callback(path.with_name(result.name).unlink, missing_ok=True)
+        if path.exists():
+            path.rename(scratch / "replaced")
+        (folder / path.name).rename(path)
+        undo.pop_all()

@@ -6,6 +6,10 @@ import keras
 import numpy as np
 
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual, ScaleShift
+from keras_mnv2.quantize import RANGE, QuantizedConvNormActivation, QuantizedInvertedResidual
+
+_CONVOLUTIONS = (ConvNormActivation, QuantizedConvNormActivation)
+_BLOCKS = (InvertedResidual, QuantizedInvertedResidual)
 
 
 def fold_batch_norm(model: keras.Model) -> keras.Model:
@@ -52,10 +56,10 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
 def _without_batch_norm(layer):
     """A new layer like `layer`, or an operation like it, with other layers in the place of batch norms."""
     config = layer.get_config()
-    if type(layer) is ConvNormActivation and _is_batch_norm(layer):
-        return ConvNormActivation.from_config({**config, "norm_layer": None})
-    if type(layer) is InvertedResidual and _is_batch_norm(layer.project):
-        return InvertedResidual.from_config({**config, "norm_layer": None})
+    if type(layer) in _CONVOLUTIONS and _is_batch_norm(layer):
+        return type(layer).from_config({**config, "norm_layer": None})
+    if type(layer) in _BLOCKS and _is_batch_norm(layer.project):
+        return type(layer).from_config({**config, "norm_layer": None})
     if type(layer) is keras.layers.BatchNormalization:
         common = {key: config[key] for key in ("name", "trainable", "dtype")}
         return ScaleShift(axis=layer.axis, **common)
@@ -74,12 +78,14 @@ def _is_batch_norm(conv):
 
 
 def _copy_weights(layer, copy):
-    if type(layer) is ConvNormActivation and copy.norm_layer != layer.norm_layer:
+    if type(layer) in _CONVOLUTIONS and copy.norm_layer != layer.norm_layer:
         _fold(layer, copy)
-    elif type(layer) is InvertedResidual and copy.norm_layer != layer.norm_layer:
+        _copy_ranges(layer, copy)
+    elif type(layer) in _BLOCKS and copy.norm_layer != layer.norm_layer:
         for part in ("expand", "depthwise", "project"):
             if getattr(layer, part) is not None:
                 _fold(getattr(layer, part), getattr(copy, part))
+        _copy_ranges(layer, copy)
     elif type(copy) is ScaleShift and type(layer) is not ScaleShift:
         scale, shift = _scale_and_shift(layer)
         copy.scale.assign(scale)
@@ -94,11 +100,22 @@ def _copy_weights(layer, copy):
 
 
 def _fold(conv, copy):
-    scale, shift = _scale_and_shift(conv.norm)
-    # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
-    along = scale if conv.groups == 1 else scale[:, None]
-    copy.kernel.assign(keras.ops.convert_to_numpy(conv.kernel) * along)
-    copy.bias.assign(shift)
+    if type(conv) is QuantizedConvNormActivation:
+        # By the layer's own arithmetic: a last bit more or less would round some weights to another level.
+        kernel, bias = conv.folded(conv.norm.moving_mean, conv.norm.moving_variance)
+    else:
+        scale, bias = _scale_and_shift(conv.norm)
+        # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
+        along = scale if conv.groups == 1 else scale[:, None]
+        kernel = keras.ops.convert_to_numpy(conv.kernel) * along
+    copy.kernel.assign(keras.ops.convert_to_numpy(kernel))
+    copy.bias.assign(keras.ops.convert_to_numpy(bias))
+
+
+def _copy_ranges(layer, copy):
+    ranges = [[weight for weight in one.weights if weight.name in RANGE] for one in (layer, copy)]
+    for source, target in zip(*ranges, strict=True):
+        target.assign(keras.ops.convert_to_numpy(source))
 
 
 def _scale_and_shift(norm):

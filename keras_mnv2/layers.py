@@ -161,11 +161,15 @@ class ConvNormActivation(_Block):
             norm.moving_mean.assign(norm.moving_mean * keep + mean * (1 - keep))
             norm.moving_variance.assign(norm.moving_variance * keep + variance * (1 - keep))
         else:
-            scale = norm.gamma * keras.ops.rsqrt(norm.moving_variance + norm.epsilon)
-            # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
-            along = scale if self.groups == 1 else keras.ops.expand_dims(scale, -1)
-            y = self._convolve(inputs, self.kernel * along, norm.beta - norm.moving_mean * scale)
+            y = self._convolve(inputs, *self.folded(norm.moving_mean, norm.moving_variance))
         return ops.relu6(y) if self.activation is keras.activations.relu6 else self.activation(y)
+
+    def folded(self, mean, variance):
+        """Kernel and bias that compute the convolution and its batch norm with these statistics."""
+        scale = self.norm.gamma * keras.ops.rsqrt(variance + self.norm.epsilon)
+        # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
+        along = scale if self.groups == 1 else keras.ops.expand_dims(scale, -1)
+        return self.kernel * along, self.norm.beta - mean * scale
 
     def compute_output_shape(self, input_shape):
         last = self.data_format == "channels_last"
@@ -264,6 +268,8 @@ class InvertedResidual(_Block):
     (1, 56, 56, 24)
     """
 
+    convolution = ConvNormActivation
+
     def __init__(
         self,
         filters,
@@ -340,10 +346,10 @@ class InvertedResidual(_Block):
         expanded = inputs if self.expand is None else self.expand.call(inputs, training=training)
         x = self.depthwise.call(expanded, training=training)
         if self.residual and self.shortcut == "expansion":
-            x = expanded + self._drop(x, training)
+            x = self._sum(expanded, self._drop(x, training), training)
         x = self.project.call(x, training=training)
         if self.residual and self.shortcut == "bottleneck":
-            x = inputs + self._drop(x, training)
+            x = self._sum(inputs, self._drop(x, training), training)
         return (x, expanded) if self.return_expansion else x
 
     def compute_output_shape(self, input_shape):
@@ -388,7 +394,10 @@ class InvertedResidual(_Block):
             "trainable": self.trainable,
             "name": name,
         }
-        return ConvNormActivation(filters, **{**common, **kwargs})
+        return self.convolution(filters, **{**common, **kwargs})
+
+    def _sum(self, shortcut, branch, training):
+        return shortcut + branch
 
     def _drop(self, x, training):
         return x if self.drop is None else self.drop(x, training=training)
@@ -427,9 +436,14 @@ class ScaleShift(keras.layers.Layer):
 
     def call(self, inputs, training=None, mask=None):
         # The unused arguments are those of the batch norm whose place it takes in a graph.
+        scale, shift = self.factors(inputs)
+        return inputs * scale + shift
+
+    def factors(self, inputs):
+        """Scale and shift in a shape that broadcasts over `inputs`."""
         shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
-        return inputs * keras.ops.reshape(self.scale, shape) + keras.ops.reshape(self.shift, shape)
+        return keras.ops.reshape(self.scale, shape), keras.ops.reshape(self.shift, shape)
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -16,6 +16,7 @@ block_in_chunks = _module.block_in_chunks
 calls_directly = _module.calls_directly
 convolution = _module.convolution
 depthwise_convolution = _module.depthwise_convolution
+fake_quantize = _module.fake_quantize
 lay_out_kernel = _module.lay_out_kernel
 network_in_chunks = _module.network_in_chunks
 relu6 = _module.relu6

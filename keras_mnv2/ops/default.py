@@ -122,6 +122,37 @@ def batch_normalization(
     return ops.cast(y, x.dtype), mean, variance
 
 
+def fake_quantize(x: Any, minimum: Any, maximum: Any) -> Any:
+    """Rounds to 256 levels, one of which is 0, between about `minimum` and `maximum`.
+
+    The levels are those of Jacob et al. 2018, section 3, and of TensorFlow's operation of this name: the range is
+    moved so that 0 is a level. Gradients pass inside the range and are 0 outside; the range has none.
+
+    Args:
+        x: of any shape.
+        minimum: scalar of at most 0.
+        maximum: scalar of at least 0.
+
+    Returns:
+        The rounded `x`.
+
+    Example:
+
+    >>> [float(v) for v in fake_quantize(np.array([-9.0, 0.0, 1.2]), np.array(-127.0), np.array(128.0))]
+    [-9.0, 0.0, 1.0]
+    """
+    scale, zero_point = _levels(ops.stop_gradient(minimum), ops.stop_gradient(maximum))
+    inside = ops.clip(x, (0 - zero_point) * scale, (255 - zero_point) * scale)
+    return inside + ops.stop_gradient(ops.round(inside / scale) * scale - inside)
+
+
+def _levels(minimum, maximum):
+    """Distance of two levels, and the number of the level that is 0."""
+    # A tensor of zeros has an empty range.
+    scale = ops.maximum((maximum - minimum) / 255, 1e-12)
+    return scale, ops.round(-minimum / scale)
+
+
 def _convolve(convolve, x, kernel, bias, stride, padding, dilation, data_format):
     size = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
     pairs = spatial_padding(padding, kernel.shape[:2], size, stride, dilation)

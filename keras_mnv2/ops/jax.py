@@ -15,6 +15,7 @@ from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import spatial_padding
 
 calls_directly = default.calls_directly
+fake_quantize = default.fake_quantize
 lay_out_kernel = default.lay_out_kernel
 relu6 = default.relu6
 batch_normalization = default.batch_normalization

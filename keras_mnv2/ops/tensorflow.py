@@ -57,6 +57,11 @@ def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", sy
     return y, mean, variance * (count - 1) / count
 
 
+def fake_quantize(x, minimum, maximum):
+    """See `keras_mnv2.ops.default.fake_quantize`. LiteRT's converter knows the operation."""
+    return tf.quantization.fake_quant_with_min_max_vars(x, tf.stop_gradient(minimum), tf.stop_gradient(maximum))
+
+
 def _padded(x, kernel, stride, padding):
     # With stride 1 both conventions are TensorFlow's own "SAME" for a kernel of odd sides. Explicit
     # paddings would save the copy, but the depthwise kernel aborts the process on them (2.21).

@@ -89,6 +89,13 @@ def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", sy
     return y.permute(0, 2, 3, 1) if channels_last else y, mean, variance
 
 
+def fake_quantize(x, minimum, maximum):
+    """See `keras_mnv2.ops.default.fake_quantize`."""
+    scale = ((maximum - minimum).detach() / 255).clamp_(min=1e-12)
+    zero_point = torch.round(-minimum.detach() / scale).to(torch.int32)
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
+
+
 def _at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

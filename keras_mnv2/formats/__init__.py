@@ -1,0 +1,1 @@
+"""The steps of an export: a graph of the model, its conversion, and its run in the format's own runtime."""

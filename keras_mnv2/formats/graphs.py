@@ -1,0 +1,105 @@
+"""A Keras model as a graph of its backend: a SavedModel of TensorFlow or an exported program of PyTorch.
+
+Each function needs its own backend to be the active one; `python -m keras_mnv2.formats.graphs` runs it in a process
+with that backend, on a model in a `.keras` file.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+# Pixels of a side that is free, for tracing; the graph keeps it free.
+TRACED_SIDE = 64
+
+
+def write_saved_model(model: keras.Model, path: Path, labels: Sequence[str] | None = None) -> None:
+    """Writes a SavedModel, on TensorFlow.
+
+    The signature `serving_default`, and the function `serve`, take a batch of any size and give a dict with the
+    model's output names.
+
+    Args:
+        model: built, with one input.
+        path: folder to write.
+        labels: names of the classes, written one a line as the asset `labels`.
+    """
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.weights = [variable.value for variable in model.variables]
+    if labels is not None:
+        # Its own folder, since the asset keeps the file's name.
+        listing = path.with_name("assets") / "labels.txt"
+        listing.parent.mkdir()
+        listing.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        module.labels = tf.saved_model.Asset(str(listing))
+    image = model.inputs[0]
+    specification = tf.TensorSpec(image.shape, image.dtype, name=image.name)
+    module.serve = tf.function(lambda x: named(model, model(x, training=False)), input_signature=[specification])
+    signatures = {"serving_default": module.serve.get_concrete_function()}
+    tf.saved_model.save(module, str(path), signatures=signatures)
+
+
+def write_exported_program(model: keras.Model, path: Path) -> None:
+    """Writes a `.pt2` file of `torch.export`, on PyTorch: a batch of any size in, a tensor or a dict of tensors out."""
+    import torch
+
+    class Program(torch.nn.Module):
+        """The model with its weights as plain buffers: Keras's own would be written twice."""
+
+        def __init__(self):
+            super().__init__()
+            self.names = [variable.path.replace("/", "_").replace(".", "_") for variable in model.variables]
+            for name, variable in zip(self.names, model.variables, strict=True):
+                self.register_buffer(name, variable.value.detach().clone().contiguous())
+
+        def forward(self, x):
+            tensors = (getattr(self, name) for name in self.names)
+            with keras.StatelessScope(state_mapping=list(zip(model.variables, tensors, strict=True))):
+                y = model(x, training=False)
+            return named(model, y) if len(model.outputs) > 1 else next(iter(named(model, y).values()))
+
+    image = model.inputs[0]
+    # A size of 1 would be taken as a constant.
+    sample = torch.zeros([2, *(n or TRACED_SIDE for n in image.shape[1:])], dtype=getattr(torch, image.dtype))
+    free = {i: torch.export.Dim.DYNAMIC for i, n in enumerate(image.shape) if n is None}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(Program(), (sample,), dynamic_shapes={"x": free}, strict=False)
+        program.example_inputs = None
+        torch.export.save(program, path)
+
+
+def named(model: keras.Model, outputs: Any) -> dict[str, Any]:
+    """A model's outputs by name: its own keys, or the names of the layers that they come from."""
+    if isinstance(outputs, dict):
+        return outputs
+    outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
+    return dict(zip(output_names(model), outputs, strict=True))
+
+
+def output_names(model: keras.Model) -> list[str]:
+    """The names of a model's outputs in their order."""
+    if isinstance(model.output, dict):
+        return list(model.output)
+    # A sequential model has no names of its own.
+    return getattr(model, "output_names", None) or [model.layers[-1].name]
+
+
+def main() -> None:
+    """`FORMAT MODEL.keras TARGET LABELS`, the labels as JSON."""
+    format, source, target, labels = sys.argv[1:]
+    model = keras.models.load_model(source, compile=False)
+    if format == "torch":
+        write_exported_program(model, Path(target))
+    else:
+        write_saved_model(model, Path(target), json.loads(labels))
+
+
+if __name__ == "__main__":
+    main()

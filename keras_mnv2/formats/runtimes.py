@@ -1,0 +1,139 @@
+"""Exported files in their own runtimes, without Keras: `python runtimes.py FILE IMAGES.npz OUTPUTS.npz`.
+
+Run as a file it imports nothing of this package, and importing Keras fails: the exported file must not need it.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+# Images a call, so that a large sample needs no more memory than this many.
+BATCH = 64
+
+
+def load_export(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Loads a file that `export` wrote in its own runtime, on the CPU and in float32.
+
+    Args:
+        path: a SavedModel's folder, or a file that ends in `.onnx`, `.tflite`, `.xml` or `.pt2`.
+
+    Returns:
+        A function from images, a batch in the model's layout, to its outputs by name. For 8-bit files it rounds the
+        images to the file's integers, and gives the outputs as floats.
+
+    Raises:
+        ValueError: where the path ends in none of these and is no SavedModel.
+        ImportError: where the runtime is not installed.
+
+    Example:
+
+    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+    >>> report = export(model, "mobilenet.tflite", format="litert", verbose=False)
+    >>> {name: y.shape for name, y in load_export("mobilenet.tflite")(np.zeros((2, 32, 32, 3))).items()}
+    {'predictions': (2, 10)}
+    """
+    path = Path(path)
+    if (path / "saved_model.pb").is_file():
+        return _saved_model(path)
+    if path.suffix not in _LOADERS:
+        raise ValueError(f"path must be a SavedModel or end in {', '.join(_LOADERS)}, got {str(path)!r}.")
+    return _LOADERS[path.suffix](path)
+
+
+def _saved_model(path):
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(path))
+    serve = loaded.signatures["serving_default"]
+    (name,) = serve.structured_input_signature[1]
+    dtype = serve.structured_input_signature[1][name].dtype
+
+    def run(images):
+        outputs = serve(**{name: tf.constant(images, dtype)})
+        return {key: value.numpy() for key, value in outputs.items()}
+
+    run.loaded = loaded  # A signature does not keep its model alive.
+    return run
+
+
+def _onnx(path):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (image,) = session.get_inputs()
+    names = [output.name for output in session.get_outputs()]
+    dtype = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}[image.type]
+    return lambda images: dict(zip(names, session.run(None, {image.name: images.astype(dtype)}), strict=True))
+
+
+def _litert(path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(path))
+    run_signature = interpreter.get_signature_runner("serving_default")
+    ((name, image),) = run_signature.get_input_details().items()
+    outputs = run_signature.get_output_details()
+
+    def run(images):
+        if np.issubdtype(image["dtype"], np.integer):
+            scale, zero_point = image["quantization"]
+            limits = np.iinfo(image["dtype"])
+            images = np.clip(np.round(images / scale) + zero_point, limits.min, limits.max)
+        found = run_signature(**{name: images.astype(image["dtype"])})
+        return {key: _real(value, *outputs[key]["quantization"]) for key, value in found.items()}
+
+    return run
+
+
+def _real(value, scale, zero_point):
+    if not np.issubdtype(value.dtype, np.integer):
+        return value.copy()
+    return (value.astype("float32") - zero_point) * np.float32(scale)
+
+
+def _openvino(path):
+    import openvino
+
+    # On CPUs that have it, OpenVINO would compute in bfloat16.
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    request = compiled.create_infer_request()
+
+    def run(images):
+        found = request.infer([images.astype("float32")])
+        return {output.any_name: found[output].copy() for output in compiled.outputs}
+
+    return run
+
+
+def _torch(path):
+    import torch
+
+    module = torch.export.load(path).module()
+
+    def run(images):
+        with torch.no_grad():
+            y = module(torch.from_numpy(np.asarray(images, "float32")))
+        return {key: value.numpy() for key, value in (y if isinstance(y, dict) else {"output": y}).items()}
+
+    return run
+
+
+_LOADERS = {".onnx": _onnx, ".tflite": _litert, ".xml": _openvino, ".pt2": _torch}
+
+
+def outputs_of(run: Callable, batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    """The outputs of several batches, one after the other, each name with its batch's number: `0/predictions`."""
+    found = {}
+    for number, images in enumerate(batches):
+        parts = [run(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
+        for name in parts[0]:
+            found[f"{number}/{name}"] = np.concatenate([part[name] for part in parts])
+    return found
+
+
+if __name__ == "__main__":
+    sys.modules["keras"] = None  # type: ignore[assignment]  # Importing it fails from here on.
+    with np.load(sys.argv[2]) as batches:
+        np.savez(sys.argv[3], **outputs_of(load_export(sys.argv[1]), batches.values()))

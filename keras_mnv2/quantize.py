@@ -1,0 +1,390 @@
+"""Quantisation-aware training: a model that computes with the rounding of 8-bit integers, and learns with it."""
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_mnv2 import ops
+from keras_mnv2.arguments import check_rate
+from keras_mnv2.layers import ConvNormActivation, InvertedResidual, ScaleShift
+
+# Signed weights without -128, so that they are symmetric (Jacob et al. 2018, section 3.1).
+WEIGHT_LEVELS = 127
+TINY = 1e-12
+# Share of the old range that a training step keeps. Jacob et al. ask for one near 1; TensorFlow's toolkit has
+# 0.999, which a fine-tuning of some hundred steps never leaves.
+RANGE_MOMENTUM = 0.99
+# Until the first training step: what an activation of this network is likely to lie in.
+INITIAL_RANGE = (-6.0, 6.0)
+# Names of the variables.
+RANGE = ("range_minimum", "range_maximum", "range_updates")
+# Layers that only choose, move or, in training, change numbers: they stay as they are.
+_MOVING = (
+    keras.layers.Dropout,
+    keras.layers.SpatialDropout2D,
+    keras.layers.GaussianDropout,
+    keras.layers.GaussianNoise,
+    keras.layers.Flatten,
+    keras.layers.Reshape,
+    keras.layers.Permute,
+    keras.layers.ZeroPadding2D,
+    keras.layers.MaxPooling2D,
+    keras.layers.GlobalMaxPooling2D,
+    keras.layers.RandomFlip,
+    keras.layers.RandomRotation,
+    keras.layers.RandomTranslation,
+    keras.layers.RandomZoom,
+    keras.layers.RandomContrast,
+    keras.layers.RandomBrightness,
+)
+_COMPUTING = (
+    keras.layers.AveragePooling2D,
+    keras.layers.GlobalAveragePooling2D,
+    keras.layers.Activation,
+    keras.layers.ReLU,
+    keras.layers.Softmax,
+    keras.layers.Add,
+    keras.layers.Concatenate,
+)
+
+
+def quantize_aware(model: keras.Model) -> keras.Model:
+    """Gives a new model that computes as if its numbers were 8-bit integers, for training with plain `fit`.
+
+    Weights are rounded symmetrically with a scale for each output channel of a convolution; the input and each
+    activation to 256 levels of a range that training follows. Batch norms are folded into the kernels before
+    these are rounded (Jacob et al. 2018, arXiv 1712.05877, section 3). Train the model in float first, then this
+    one for a few epochs at a low learning rate; `export(..., format="litert", precision="int8")` then writes
+    the integers that it computed with.
+
+    Args:
+        model: a functional or sequential model of float32 with one input, of this package's layers and of
+            Keras's poolings, dropouts, activations, `Dense`, `Rescaling`, `Normalization` and the like. It keeps
+            its weights.
+
+    Returns:
+        A model of the same inputs, outputs and layer names with the same weights; compiled in the same way if
+        `model` was. Until it has been trained its ranges are guesses: run `fit` before `predict`.
+
+    Raises:
+        ValueError: where `model` is not such a model; the message names the layer that cannot be quantised.
+
+    Example:
+
+    >>> model = quantize_aware(MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10))
+    >>> model.compile("sgd", "sparse_categorical_crossentropy")
+    >>> history = model.fit(np.zeros((8, 32, 32, 3)), np.zeros(8), verbose=0)
+    """
+    if not isinstance(model, keras.Model) or len(getattr(model, "inputs", None) or ()) != 1:
+        raise ValueError(f"model must be a built functional or sequential Keras model with one input, got {model!r}.")
+    if is_quantized(model):
+        raise ValueError(f"model must not be quantised yet, got {model.name!r}, which is.")
+    if isinstance(model, keras.Sequential):
+        # The same layers: only a functional model can have one put in front.
+        compiled = model.get_compile_config() if model.compiled else None
+        model = keras.Model(model.inputs, model.outputs, name=model.name)
+        if compiled:
+            model.compile_from_config(compiled)
+    given = model.inputs[0]
+    image = keras.Input(batch_shape=given.shape, dtype=given.dtype, name=given.name)
+    rounded = FakeQuantize(name="input_range")(image)
+    pairs: list[tuple[Any, Any]] = []
+
+    def clone(layer):
+        copy = _quantized(layer)
+        pairs.append((layer, copy))
+        return copy
+
+    def call(layer, *args, **kwargs):
+        return layer(*(rounded if x is image else x for x in args), **kwargs)
+
+    quantized = keras.models.clone_model(
+        model, input_tensors=_like(model.input, image), clone_function=clone, call_function=call, recursive=True
+    )
+    for layer, copy in pairs:
+        _copy_weights(layer, copy)
+    return quantized
+
+
+def is_quantized(model: keras.Model) -> bool:
+    """Whether `model` comes from `quantize_aware`, in whole or in part."""
+    return any(isinstance(layer, FakeQuantize) for layer in model._flatten_layers())
+
+
+def _like(structure, tensor):
+    """`tensor` in the structure of a model's one input: itself, a list or a dict."""
+    if isinstance(structure, dict):
+        return dict.fromkeys(structure, tensor)
+    return type(structure)([tensor]) if isinstance(structure, list | tuple) else tensor
+
+
+def _quantized(layer):
+    """A new layer that computes what `layer` does, rounded."""
+    kinds = {
+        ConvNormActivation: QuantizedConvNormActivation,
+        InvertedResidual: QuantizedInvertedResidual,
+        ScaleShift: QuantizedScaleShift,
+        keras.layers.Dense: QuantizedDense,
+    }
+    policy = getattr(layer, "dtype_policy", None)
+    if policy is not None and policy.compute_dtype != "float32":
+        raise ValueError(f"model must compute in float32 to be quantised, got {policy.name} in {layer.name!r}.")
+    if type(layer) in kinds:
+        return kinds[type(layer)].from_config(layer.get_config())
+    if type(layer) in (keras.layers.Rescaling, keras.layers.Normalization):
+        axis = layer.axis[0] if isinstance(layer, keras.layers.Normalization) else -1
+        return QuantizedScaleShift(axis=axis, name=layer.name, trainable=False, dtype=layer.dtype_policy)
+    if type(layer) in _MOVING:
+        return type(layer).from_config(layer.get_config())
+    if type(layer) in _COMPUTING:
+        return QuantizedOutput(type(layer).from_config(layer.get_config()), name=layer.name, dtype=layer.dtype_policy)
+    raise ValueError(
+        f"model must consist of layers that can be quantised, those of keras_mnv2 and Keras's Dense, poolings, "
+        f"activations and the like, got the layer {layer.name!r} of type {type(layer).__name__}."
+    )
+
+
+def _copy_weights(layer, copy):
+    if isinstance(layer, keras.layers.Rescaling):
+        copy.scale.assign(np.broadcast_to(layer.scale, copy.scale.shape))
+        copy.shift.assign(np.broadcast_to(layer.offset, copy.shift.shape))
+    elif isinstance(layer, keras.layers.Normalization):
+        mean, variance = (keras.ops.convert_to_numpy(x).reshape(-1) for x in (layer.mean, layer.variance))
+        # The least standard deviation that Keras divides by.
+        scale = 1 / np.maximum(np.sqrt(variance), keras.config.epsilon())
+        copy.scale.assign(np.broadcast_to(scale, copy.scale.shape))
+        copy.shift.assign(np.broadcast_to(-mean * scale, copy.shift.shape))
+    else:
+        given = {weight.path: weight for weight in getattr(layer, "weights", ())}
+        for weight in getattr(copy, "weights", ()):
+            if weight.path in given:
+                weight.assign(keras.ops.convert_to_numpy(given.pop(weight.path)))
+        assert not given, f"{layer.name} has weights that its copy has not: {sorted(given)}"
+
+
+@keras.saving.register_keras_serializable("keras_mnv2")
+class FakeQuantize(keras.layers.Layer):
+    """Rounds a tensor to 256 levels between a minimum and a maximum, as an 8-bit tensor holds it.
+
+    The range always holds 0, which is a level itself (Jacob et al. 2018, equations 1 and 13). The first training
+    step sets it to that of the batch, later ones move it there by an exponential average, in frozen layers too. Gradients pass inside
+    the range as if nothing were rounded and are 0 outside (straight-through, Bengio et al. 2013).
+
+    Args:
+        momentum: share of the old range that a training step keeps.
+        **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
+
+    Input shape:
+        Any.
+
+    Output shape:
+        The same.
+
+    Raises:
+        ValueError: on a momentum out of range.
+
+    Example:
+
+    >>> layer = FakeQuantize()
+    >>> y = layer(np.linspace(-1, 1, 1000, dtype="float32"), training=True)
+    >>> len(np.unique(keras.ops.convert_to_numpy(y)))
+    256
+    """
+
+    def __init__(self, momentum=RANGE_MOMENTUM, **kwargs):
+        super().__init__(**kwargs)
+        check_rate("momentum", momentum)
+        self.momentum = momentum
+        self.minimum: Any = None
+        self.maximum: Any = None
+        self.updates: Any = None
+
+    def build(self, input_shape):
+        self.minimum, self.maximum, self.updates = (
+            self.add_weight(
+                name=name, shape=(), initializer=keras.initializers.Constant(value), trainable=False, autocast=False
+            )
+            for name, value in zip(RANGE, (*INITIAL_RANGE, 0.0), strict=True)
+        )
+
+    def call(self, inputs, training=None):
+        if training:
+            fixed = keras.ops.stop_gradient(inputs)
+            keep = keras.ops.where(self.updates > 0, self.momentum, 0.0)
+            lowest = keras.ops.minimum(keras.ops.min(fixed), 0.0)
+            highest = keras.ops.maximum(keras.ops.max(fixed), 0.0)
+            self.minimum.assign(self.minimum * keep + lowest * (1 - keep))
+            self.maximum.assign(self.maximum * keep + highest * (1 - keep))
+            self.updates.assign(self.updates + 1)
+        return ops.fake_quantize(inputs, self.minimum.value, self.maximum.value)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "momentum": self.momentum}
+
+
+@keras.saving.register_keras_serializable("keras_mnv2")
+class QuantizedConvNormActivation(ConvNormActivation):
+    """`ConvNormActivation` with its folded kernel and its output rounded to 8 bits.
+
+    In training the convolution runs twice (Jacob et al. 2018, figure C.8): once for the statistics of the batch,
+    and once with the kernel that these are folded into, rounded. The kernel has a scale for each output channel.
+    Arguments, shapes and errors are those of `ConvNormActivation`; `norm_layer` must be `"batch_norm"` or None.
+
+    Example:
+
+    >>> tuple(QuantizedConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
+    (1, 112, 112, 32)
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.norm_layer not in ("batch_norm", None):
+            raise ValueError(f'norm_layer must be "batch_norm" or None to be quantised, got {self.norm_layer!r}.')
+        self.output_range = FakeQuantize(name="output_range", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.output_range.build(self.compute_output_shape(input_shape))
+
+    def call(self, inputs, training=None):
+        norm = self.norm
+        if norm is None:
+            kernel, bias = self.kernel.value, self.bias.value
+        else:
+            mean, variance = norm.moving_mean, norm.moving_variance
+            if training and norm.trainable:
+                axes = [0, 1, 2] if self.data_format == "channels_last" else [0, 2, 3]
+                mean, variance = keras.ops.moments(self._convolve(inputs, self.kernel.value), axes)
+                keep = norm.momentum
+                for moving, value in ((norm.moving_mean, mean), (norm.moving_variance, variance)):
+                    moving.assign(moving * keep + keras.ops.stop_gradient(value) * (1 - keep))
+            kernel, bias = self.folded(mean, variance)
+        y = self.activation(self._convolve(inputs, self._rounded(kernel), bias))
+        return self.output_range(y, training=training)
+
+    def _rounded(self, kernel):
+        # A depthwise kernel has its channels on the axis before the last.
+        return _round_weights(kernel, axes=(0, 1, 2) if self.groups == 1 else (0, 1, 3))
+
+
+@keras.saving.register_keras_serializable("keras_mnv2")
+class QuantizedInvertedResidual(InvertedResidual):
+    """`InvertedResidual` of `QuantizedConvNormActivation`, with the sum of its shortcut rounded too.
+
+    Arguments, shapes and errors are those of `InvertedResidual`; `norm_layer` must be `"batch_norm"` or None.
+
+    Example:
+
+    >>> tuple(QuantizedInvertedResidual(16)(np.ones((1, 112, 112, 16))).shape)
+    (1, 112, 112, 16)
+    """
+
+    convolution = QuantizedConvNormActivation
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.residual:
+            self.sum_range = FakeQuantize(name="sum_range", dtype=self.dtype_policy)
+            self.sum_range.build(input_shape)
+
+    def _sum(self, shortcut, branch, training):
+        return self.sum_range(shortcut + branch, training=training)
+
+
+@keras.saving.register_keras_serializable("keras_mnv2")
+class QuantizedDense(keras.layers.Dense):
+    """`keras.layers.Dense` with its kernel, its logits and its output rounded to 8 bits.
+
+    The kernel has one scale, since LiteRT's fully connected operation has one. Arguments, shapes and errors are
+    those of `Dense`.
+
+    Example:
+
+    >>> tuple(QuantizedDense(10, activation="softmax")(np.ones((2, 1280))).shape)
+    (2, 10)
+    """
+
+    def __init__(self, units, **kwargs):
+        super().__init__(units, **kwargs)
+        self.logits_range = FakeQuantize(name="logits_range", dtype=self.dtype_policy)
+        linear = self.activation is keras.activations.linear
+        self.output_range = None if linear else FakeQuantize(name="output_range", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        shape = (*input_shape[:-1], self.units)
+        self.logits_range.build(shape)
+        if self.output_range is not None:
+            self.output_range.build(shape)
+
+    def call(self, inputs, training=None):
+        y = keras.ops.matmul(inputs, _round_weights(self.kernel, axes=(0, 1)))
+        y = self.logits_range(y if self.bias is None else y + self.bias, training=training)
+        return y if self.output_range is None else self.output_range(self.activation(y), training=training)
+
+
+@keras.saving.register_keras_serializable("keras_mnv2")
+class QuantizedScaleShift(ScaleShift):
+    """`ScaleShift` with its product and its sum rounded to 8 bits.
+
+    Example:
+
+    >>> tuple(QuantizedScaleShift()(np.ones((2, 7, 7, 16))).shape)
+    (2, 7, 7, 16)
+    """
+
+    def __init__(self, axis=-1, **kwargs):
+        super().__init__(axis=axis, **kwargs)
+        self.product_range = FakeQuantize(name="product_range", dtype=self.dtype_policy)
+        self.output_range = FakeQuantize(name="output_range", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.product_range.build(input_shape)
+        self.output_range.build(input_shape)
+
+    def call(self, inputs, training=None, mask=None):
+        scale, shift = self.factors(inputs)
+        y = self.product_range(inputs * _round_weights(scale, axes=None), training=training)
+        return self.output_range(y + shift, training=training)
+
+
+@keras.saving.register_keras_serializable("keras_mnv2")
+class QuantizedOutput(keras.layers.Wrapper):
+    """A layer without weights, such as a pooling, with its output rounded to 8 bits.
+
+    Args:
+        layer: the layer.
+        **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
+
+    Example:
+
+    >>> tuple(QuantizedOutput(keras.layers.GlobalAveragePooling2D())(np.ones((2, 7, 7, 16))).shape)
+    (2, 16)
+    """
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(layer, **kwargs)
+        self.output_range = FakeQuantize(name="output_range", dtype=self.dtype_policy)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.output_range.build(self.layer.compute_output_shape(input_shape))
+
+    def call(self, inputs, training=None):
+        return self.output_range(self.layer(inputs), training=training)
+
+    def compute_output_shape(self, input_shape):
+        return self.layer.compute_output_shape(input_shape)
+
+
+def _round_weights(weights, axes):
+    """Symmetric 8-bit weights with a scale for each index that `axes` leave; the gradient passes as if unrounded."""
+    largest = keras.ops.max(keras.ops.abs(weights), axis=axes, keepdims=True)
+    scale = keras.ops.maximum(largest, TINY) / WEIGHT_LEVELS
+    rounded = keras.ops.round(weights / scale) * scale
+    return weights + keras.ops.stop_gradient(rounded - weights)

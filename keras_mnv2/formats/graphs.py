@@ -13,6 +13,8 @@ from typing import Any
 
 import keras
 
+from keras_mnv2.formats.converters import CONVERTERS
+
 # Pixels of a side that is free, for tracing; the graph keeps it free.
 TRACED_SIDE = 64
 
@@ -92,13 +94,16 @@ def output_names(model: keras.Model) -> list[str]:
 
 
 def main() -> None:
-    """`FORMAT MODEL.keras TARGET LABELS`, the labels as JSON."""
-    format, source, target, labels = sys.argv[1:]
+    """`FORMAT MODEL.keras GRAPH LABELS`, and to convert the graph in the same process `TARGET OPTIONS` of a converter."""
+    format, source, graph, labels, *conversion = sys.argv[1:]
     model = keras.models.load_model(source, compile=False)
-    if format == "torch":
-        write_exported_program(model, Path(target))
+    if keras.backend.backend() == "torch":
+        write_exported_program(model, Path(graph))
     else:
-        write_saved_model(model, Path(target), json.loads(labels))
+        write_saved_model(model, Path(graph), json.loads(labels))
+    if conversion:
+        target, options = conversion
+        CONVERTERS[format](Path(graph), Path(target), **json.loads(options))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import numpy as np
 
 from keras_mnv2.arguments import check_whole
 from keras_mnv2.cost import cost_profile
-from keras_mnv2.evaluation import evaluation_data
+from keras_mnv2.evaluation import SUFFIXES, evaluation_data
+from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of
 from keras_mnv2.weights.load import checkpoint_of, classes_of, read_source
@@ -30,6 +31,8 @@ IMAGENET = (1000, 1001)
 # Threads that read images, each a batch ahead of the network.
 READERS = 2
 BAR = 30
+# Photographs that the ranges of 8-bit activations are taken from, evenly chosen.
+CALIBRATION_IMAGES = 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         options.run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         # Keras's errors may have several lines.
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -83,6 +86,19 @@ def _parser():
     evaluate.add_argument("folder", metavar="FOLDER")
     evaluate.add_argument("--batch-size", type=int, default=32)
     add_weights(evaluate)
+
+    export_ = add("export", _export, "writes a model as a file for another runtime, and checks it there")
+    export_.add_argument("model", metavar="MODEL", help="a whole model as .keras, or a published checkpoint by name")
+    export_.add_argument("path", metavar="OUT", help="ends in .onnx, .tflite, .xml or .pt2; a SavedModel is a folder")
+    export_.add_argument("--format", choices=FORMATS, help="by default that of OUT's suffix")
+    export_.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of LiteRT (default float32)")
+    export_.add_argument(
+        "--calibration", metavar="FOLDER", help=f"photographs for int8; {CALIBRATION_IMAGES} of them are used"
+    )
+    export_.add_argument("--io-dtype", choices=IO_DTYPES, default=IO_DTYPES[0], help="of int8 (default int8)")
+    export_.add_argument("--no-fold", action="store_true", help="leaves the batch norms as they are")
+    export_.add_argument("--labels", metavar="FILE", help="of a SavedModel: 'imagenet', or a file with a class a line")
+    export_.add_argument("--overwrite", action="store_true", help="replaces what is at OUT")
 
     weights = add("weights", _weights, "the table of published checkpoints")
     weights.add_argument("pattern", nargs="?", default="*", help="of the names, such as 'timm/*'")
@@ -248,18 +264,28 @@ def _choose(options) -> _Network:
 
 
 def _whole_model(path):
+    model = _load_model(path)
+    given = model.output_shape
+    how, scales = _input_of(model)
+    if len(given) != 2:
+        raise ValueError(f"The model in {path!r} must have a classifier, it gives {given}.")
+    return _Network(how, not scales, given[1], lambda: _scoring(model))
+
+
+def _load_model(path):
     try:
-        model = keras.models.load_model(path, compile=False, safe_mode=True)
+        return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
         raise ValueError(f"The file {path!r} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
-    taken, given = model.input_shape, model.output_shape
-    if len(taken) != 4 or 3 not in (taken[1], taken[-1]) or len(given) != 2:
-        raise ValueError(
-            f"The model in {path!r} must take RGB images and have a classifier, it takes {taken} and gives {given}."
-        )
+
+
+def _input_of(model):
+    """How photographs become the model's input, and whether it scales the pixels itself."""
+    taken = model.input_shape
+    if len(taken) != 4 or 3 not in (taken[1], taken[-1]):
+        raise ValueError(f"The model must take RGB images, got one that takes {taken}.")
     size = taken[2] or 224
-    scales = any(layer.name == "preprocess" for layer in model.layers)
-    return _Network(Preprocessing(int(size / 0.875), size), not scales, given[1], lambda: _scoring(model))
+    return Preprocessing(int(size / 0.875), size), any(layer.name == "preprocess" for layer in model.layers)
 
 
 def _scoring(model):
@@ -274,6 +300,50 @@ def _scoring(model):
         return scores
 
     return score
+
+
+def _export(options):
+    suffixes = {how.suffix: name for name, how in FORMATS.items()}
+    path = Path(options.path)
+    format = options.format or suffixes.get(path.suffix, suffixes[""])
+    labels = options.labels
+    if labels not in (None, "imagenet"):
+        labels = Path(labels).read_text(encoding="utf-8").splitlines()
+    # A download's progress bar, and what the frameworks say, must not come between what is printed for programs.
+    with contextlib.redirect_stdout(sys.stderr):
+        if options.model.endswith(".keras"):
+            model = _load_model(options.model)
+            how = None
+        else:
+            model = MobileNetV2(weights=options.model, include_preprocessing=True)
+            how = preprocessing_of(options.model)
+        report = export(
+            model,
+            path,
+            format,
+            precision=options.precision,
+            calibration=None if options.calibration is None else _calibration(options.calibration, model, how),
+            io_dtype=options.io_dtype,
+            fold=not options.no_fold,
+            labels=labels,
+            overwrite=options.overwrite,
+            verbose=False,
+        )
+    print(json.dumps({**dataclasses.asdict(report), "path": str(path)}, indent=2) if options.json else report)
+
+
+def _calibration(folder, model, how):
+    """Photographs from anywhere below a folder, evenly chosen, as the model takes them."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"--calibration must be a folder of images ({', '.join(SUFFIXES)}), got {folder!r}.")
+    default, scales = _input_of(model)
+    chosen = [paths[i * len(paths) // CALIBRATION_IMAGES] for i in range(CALIBRATION_IMAGES)]
+    data = evaluation_data(
+        paths if len(paths) <= CALIBRATION_IMAGES else chosen, weights=how or default, normalize=not scales
+    )
+    images = np.concatenate([x for (x,) in _read_ahead(data)])
+    return np.moveaxis(images, -1, 1) if model.input_shape[-1] != 3 else images
 
 
 def _weights(options):

@@ -1,7 +1,6 @@
 """Models as files for other runtimes, from every backend, each checked in its own runtime."""
 
 import contextlib
-import functools
 import importlib.util
 import json
 import os
@@ -150,11 +149,16 @@ def export(
     check_choice("format", format, tuple(FORMATS))
     path = Path(path)
     quantized = _check(model, path, format, precision, calibration, io_dtype, overwrite)
+    if isinstance(model, keras.Sequential):
+        # The same layers: a sequential model does not name its outputs.
+        model = keras.Model(model.inputs, model.outputs, name=model.name)
     labels = _labels(model, format, labels)
     calibration = None if calibration is None else _images(model, "calibration", calibration)
     images = _sample(model, sample, calibration)
     _require(format)
     source = _folded(model) if fold else model
+    if _computes_in_16_bits(model):
+        source = _in_float32(source)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
@@ -170,11 +174,10 @@ def export(
                 options["calibration"] = str(folder / "calibration.npy")
             _convert(source, folder, format, target, json.dumps(options))
         elif _is_active(format):
-            write = write_exported_program if format == "torch" else functools.partial(write_saved_model, labels=labels)
-            write(source, target)
+            _write(source, target, format, labels)
         else:
             _cross_over(source, folder, format, target, json.dumps(labels))
-        report = _compare(model, target, images, folder, path, format, precision)
+        report = _compare(model, target, images, folder, path, format, precision, quantized)
         _move(target.parent, path, folder)
     if verbose:
         print(report)
@@ -211,8 +214,11 @@ def _labels(model, format, labels):
         return None
     if format != "tf_saved_model":
         raise ValueError(f'labels must be left out but for format="tf_saved_model", got them for {format!r}.')
-    names = [label.name for label in imagenet_labels()] if isinstance(labels, str) and labels == "imagenet" else labels
     classes = model.output_shape[-1] if isinstance(model.output_shape, tuple) else None
+    names = labels
+    if isinstance(labels, str) and labels == "imagenet":
+        # TensorFlow's checkpoints have a class for the background first.
+        names = (["background"] if classes == 1001 else []) + [name for _, name in imagenet_labels()]
     if isinstance(names, str) or len(names) != classes or any("\n" in name for name in names):
         what = f"{len(names)} of them" if not isinstance(names, str) else repr(names)
         raise ValueError(f'labels must be "imagenet" or {classes} names of one line each, got {what}.')
@@ -257,14 +263,48 @@ def _folded(model):
         raise ValueError(f"{error} With fold=False the model is exported as it is.") from error
 
 
+def _computes_in_16_bits(model):
+    return any(getattr(layer, "compute_dtype", "") in ("float16", "bfloat16") for layer in model._flatten_layers())
+
+
+def _in_float32(model):
+    """A copy that computes in float32: most runtimes have no other convolutions on a CPU."""
+    pairs = []
+
+    def clone(layer):
+        config = layer.get_config()
+        if getattr(layer, "compute_dtype", "") in ("float16", "bfloat16"):
+            config["dtype"] = "float32"
+        pairs.append((layer, type(layer).from_config(config)))
+        return pairs[-1][1]
+
+    copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    for old, new in pairs:
+        if isinstance(old, keras.Layer):
+            new.set_weights(old.get_weights())
+    return copy
+
+
 def _convert(model, folder, format, target, options):
     """Writes the model's graph and converts it: in two steps here, or both in a child with the right backend."""
     graph = folder / ("graph.pt2" if FORMATS[format].backend == "torch" else "graph")
     if not _is_active(format):
         _cross_over(model, folder, format, graph, "null", target, options)
         return
-    (write_exported_program if FORMATS[format].backend == "torch" else write_saved_model)(model, graph)
+    _write(model, graph, format)
     _run(converters.__file__, format, graph, target, options)
+
+
+def _write(model, path, format, labels=None):
+    try:
+        if FORMATS[format].backend == "torch":
+            write_exported_program(model, path)
+        else:
+            write_saved_model(model, path, labels)
+    except Exception as error:
+        # Both frameworks have errors of many kinds, and of many lines.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+        raise RuntimeError(f"The export failed: {type(error).__name__}: {lines[0]}") from error
 
 
 def _cross_over(model, folder, format, *arguments):
@@ -295,7 +335,7 @@ def _cause(lines):
     return (named or lines)[-1][:500]
 
 
-def _compare(model, target, images, folder, path, format, precision):
+def _compare(model, target, images, folder, path, format, precision, quantized):
     """Runs the file in its own runtime, at two batch sizes, and reports how its outputs differ."""
     batches = [images, images[:1] if len(images) > 1 else np.repeat(images, 2, axis=0)]
     np.savez(folder / "images.npz", *batches)
@@ -315,10 +355,10 @@ def _compare(model, target, images, folder, path, format, precision):
     if len(model.outputs) == 1 and (scores := next(iter(expected.values()))).ndim == 2 and scores.shape[1] > 1:
         (name,) = (name for name in expected if name.startswith("0/"))
         agreement = float((expected[name].argmax(1) == found[name].argmax(1)).mean())
-    if precision in LARGEST_DIFFERENCE:
+    # A last bit more or less rounds some numbers of a quantised model to another level.
+    if precision in LARGEST_DIFFERENCE and not quantized:
         scale = max(1.0, *(float(np.abs(y).max()) for y in expected.values()))
-        sixteen = any(getattr(layer, "compute_dtype", "") in ("float16", "bfloat16") for layer in model.layers)
-        limit = scale * (LARGEST_OF_16_BITS if sixteen else LARGEST_DIFFERENCE[precision])
+        limit = scale * (LARGEST_OF_16_BITS if _computes_in_16_bits(model) else LARGEST_DIFFERENCE[precision])
         what, value = "its largest difference", largest
     else:
         limit = LARGEST_MEAN_ERROR * min(float(np.abs(y - y.mean()).mean()) for y in expected.values())

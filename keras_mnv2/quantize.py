@@ -82,10 +82,10 @@ def quantize_aware(model: keras.Model) -> keras.Model:
         raise ValueError(f"model must not be quantised yet, got {model.name!r}, which is.")
     if isinstance(model, keras.Sequential):
         # The same layers: only a functional model can have one put in front.
-        compiled = model.get_compile_config() if model.compiled else None
-        model = keras.Model(model.inputs, model.outputs, name=model.name)
-        if compiled:
-            model.compile_from_config(compiled)
+        functional = keras.Model(model.inputs, model.outputs, name=model.name)
+        if model.compiled:
+            functional.compile_from_config(model.get_compile_config())
+        model = functional
     given = model.inputs[0]
     image = keras.Input(batch_shape=given.shape, dtype=given.dtype, name=given.name)
     rounded = FakeQuantize(name="input_range")(image)

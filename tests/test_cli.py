@@ -193,7 +193,7 @@ def test_models_that_cannot_be_used_are_named(files, capsys, tmp_path):
     no_top = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, include_top=False)
     keras_mnv2.save_weights(no_top, tmp_path / "no_top.h5")
     for options, message in (
-        (["grey.keras"], "must take RGB images and have a classifier, it takes (None, 32, 32, 1) and gives (None, 2)."),
+        (["grey.keras"], "must take RGB images, got one that takes (None, 32, 32, 1)."),
         (["broken.keras"], "cannot be loaded as a model"),
         (["no_top.h5", "--alpha", 0.35], "must have a classifier"),
         (["grey.keras", "--alpha", 0.35], "--alpha must be left out with a whole model"),

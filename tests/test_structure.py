@@ -39,13 +39,18 @@ FLOORS = {
     "preprocessing": 2,
     "layers": 4,
     "build": 5,
-    "fold": 5,
+    "quantize": 5,
+    "fold": 6,
     "evaluation": 3,
     "model": 6,
-    "export": 6,
-    "cli": 7,
-    "": 7,
-    "__main__": 8,
+    "formats": 0,
+    "formats.converters": 0,
+    "formats.runtimes": 0,
+    "formats.graphs": 1,
+    "export": 7,
+    "cli": 8,
+    "": 8,
+    "__main__": 9,
 }
 
 
@@ -90,6 +95,7 @@ def test_the_public_names():
     assert set(keras_mnv2.__all__) == {
         "Checkpoint",
         "CostProfile",
+        "ExportReport",
         "MobileNetV2",
         "Preprocessing",
         "cost_profile",
@@ -99,8 +105,10 @@ def test_the_public_names():
         "fold_batch_norm",
         "layers",
         "list_weights",
+        "load_export",
         "load_weights",
         "preprocess_input",
+        "quantize_aware",
         "resize_and_crop",
         "save_weights",
     }

@@ -92,8 +92,37 @@ def to_onnx(source: Path, target: Path, input_name: str, output_names: list[str]
     for value in (*model.graph.input, *model.graph.output):
         if value.type.tensor_type.shape.dim[0].dim_param:
             value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    _trim_kernels(model.graph)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, target)
+
+
+def _trim_kernels(graph):
+    """Removes leading rows and columns of zeros from kernels, and as many zeros from the padding.
+
+    On PyTorch they stand for TensorFlow's uneven padding, which an ONNX convolution has an attribute for.
+    """
+    import onnx
+
+    weights = {weight.name: weight for weight in graph.initializer}
+    names = [name for node in graph.node for name in node.input]
+    for node in graph.node:
+        weight = weights.get(node.input[1]) if node.op_type == "Conv" else None
+        if weight is None or names.count(weight.name) > 1:
+            continue
+        kernel = onnx.numpy_helper.to_array(weight)
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if "pads" not in attributes or "kernel_shape" not in attributes or kernel.ndim != 4:
+            continue
+        pads, shape = attributes["pads"].ints, attributes["kernel_shape"].ints
+        if min(pads[:2]) < 1 or min(shape) < 2 or kernel[:, :, 0].any() or kernel[:, :, :, 0].any():
+            continue
+        pads[:] = [pads[0] - 1, pads[1] - 1, *pads[2:]]
+        shape[:] = [side - 1 for side in shape]
+        described = [value for value in graph.value_info if value.name != weight.name]
+        del graph.value_info[:]
+        graph.value_info.extend(described)
+        weight.CopyFrom(onnx.numpy_helper.from_array(kernel[:, :, 1:, 1:].copy(), weight.name))
 
 
 def to_openvino(source: Path, target: Path, **_) -> None:

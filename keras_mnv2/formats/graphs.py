@@ -56,7 +56,8 @@ def write_exported_program(model: keras.Model, path: Path) -> None:
 
         def __init__(self):
             super().__init__()
-            self.names = [variable.path.replace("/", "_").replace(".", "_") for variable in model.variables]
+            # Two layers of nested models may have one path.
+            self.names = [f"{v.path.replace('/', '_').replace('.', '_')}_{i}" for i, v in enumerate(model.variables)]
             for name, variable in zip(self.names, model.variables, strict=True):
                 self.register_buffer(name, variable.value.detach().clone().contiguous())
 

@@ -37,7 +37,10 @@ def spatial_padding(
         elif n is None:
             return None
         else:
-            total = max((-(-n // stride) - 1) * stride + (k - 1) * dilation + 1 - n, 0)
+            total = (k - 1) * dilation + 1 - stride + -n % stride
+            # Only then can it be below 0; the comparison would cost a graph for any size much to trace.
+            if (k - 1) * dilation + 1 < stride:
+                total = max(total, 0)
         pairs.append((total // 2, total - total // 2))
     return pairs
 

@@ -91,6 +91,8 @@ def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", sy
 
 def fake_quantize(x, minimum, maximum):
     """See `keras_mnv2.ops.default.fake_quantize`."""
+    if torch.compiler.is_compiling():
+        return default.fake_quantize(x, minimum, maximum)  # `torch.export` does not know the operation.
     scale = ((maximum - minimum).detach() / 255).clamp_(min=1e-12)
     zero_point = torch.round(-minimum.detach() / scale).to(torch.int32)
     return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
@@ -124,7 +126,8 @@ def _convolve(x, weight, bias, stride, padding, dilation, data_format):
     assert pairs is not None
     (top, bottom), (left, right) = pairs
     if (top, left) != (bottom, right):
-        if images.device.type == "cpu" and dilation == 1:
+        # While a graph for any size is traced, the paddings are symbols.
+        if images.device.type == "cpu" and dilation == 1 and isinstance(bottom, int) and isinstance(right, int):
             # TensorFlow pads more at the end. A zero row and column before the kernel do the same without
             # copying the images: at 32x112x112x96, stride 2, 16 ms instead of 62.
             weight = F.pad(weight, (right - left, 0, bottom - top, 0))

@@ -50,11 +50,11 @@ FORMATS = {
 PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
 IO_DTYPES = ("int8", "uint8")
 # The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
-# float32; float16 rounds weights by up to 5e-4 of their size; 16-bit models round each activation by up to 4e-3.
-LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 2e-2}
-LARGEST_OF_16_BITS = 1e-1
-# For integers the mean error, as a share of the outputs' mean deviation from their mean: even scores have 1.
-LARGEST_MEAN_ERROR = 0.5
+# float32, and where weights are rounded to 16 bits up to 0.03 in untrained networks; a wrong one about 1.
+LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 1e-1}
+# For integers the mean error, as a share of the outputs' mean deviation from their mean: trained networks show some
+# hundredths, untrained ones up to 0.7, and outputs that say nothing 1 or more.
+LARGEST_MEAN_ERROR = 0.8
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,8 @@ def _compare(model, target, images, folder, path, format, precision, quantized):
     # A last bit more or less rounds some numbers of a quantised model to another level.
     if precision in LARGEST_DIFFERENCE and not quantized:
         scale = max(1.0, *(float(np.abs(y).max()) for y in expected.values()))
-        limit = scale * (LARGEST_OF_16_BITS if _computes_in_16_bits(model) else LARGEST_DIFFERENCE[precision])
+        # A model of 16 bits leaves in float32.
+        limit = scale * LARGEST_DIFFERENCE["float16" if _computes_in_16_bits(model) else precision]
         what, value = "its largest difference", largest
     else:
         limit = LARGEST_MEAN_ERROR * min(float(np.abs(y - y.mean()).mean()) for y in expected.values())

@@ -6,8 +6,10 @@ faster than the peer), the share of the machine's peak, measured as a product of
 """
 
 import importlib.metadata
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,17 +22,17 @@ import tyro
 from training import report
 from training.contenders import KERAS, PEERS
 from training.peers import PRODUCT_SIDE, Spec
-from training.turns import Bench, Contender
+from training.turns import QUIET, Bench, Contender
 
 BACKENDS = ("tensorflow", "jax", "torch")
-BATCH = {"inference": 32, "latency": 1, "training": 16, "fit": 16, "build": 1}
+BATCH = {"inference": 32, "latency": 1, "training": 16, "fit": 16, "build": 1, "exports": 1}
 GROWTH_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 GROWTH_SIZES = (96, 128, 160, 192, 224, 288, 352, 448)
 GROWTH_BATCH = 8
 PEAK = "matrix product"
 
 Peer = Literal["keras.applications", "torchvision", "torchvision-folded", "onnxruntime", "openvino", "litert"]
-Mode = Literal["inference", "latency", "training", "fit", "build", "growth"]
+Mode = Literal["inference", "latency", "training", "fit", "build", "growth", "exports"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,9 @@ class Options:
     against: tuple[Peer, ...] = ("keras.applications", *(name for name in PEERS if name != PEAK))
     """What to measure beside keras_mnv2. The runtimes take part in inference and latency."""
     mode: tuple[Mode, ...] = ("inference", "latency", "training")
-    """Forward passes; of one image; training steps; steps inside `model.fit`; import and build of the model; or how
-    time and memory of forward passes grow with batch and pixels."""
+    """Forward passes; of one image; training steps; steps inside `model.fit`; import and build of the model; how
+    time and memory of forward passes grow with batch and pixels; or every exported format in its own runtime, beside
+    the model that it comes from, not folded."""
     alpha: float = 1.0
     """Width multiplier."""
     size: int = 224
@@ -52,6 +55,10 @@ class Options:
     """Images a call, but for latency; by default 32 for inference, 16 for training and fit."""
     fold: bool = True
     """Fold the batch norms of keras_mnv2 for inference."""
+    model: Path | None = None
+    """A whole model as .keras for `exports`, instead of random weights."""
+    images: Path | None = None
+    """Images for `exports` as .npy, as that model takes them, to calibrate and compare on."""
     rounds: int = 3
     """Turns that each contender gets."""
     seconds: float = 3.0
@@ -160,6 +167,26 @@ def measure_growth(options: Options, bench: Bench, folder: str) -> list[dict]:
     return points
 
 
+def measure_exports(options: Options, bench: Bench, folder: str) -> list[dict]:
+    """Exports a model to every format on each backend, and measures each file beside the model, in turns."""
+    rows = []
+    for backend in options.backends:
+        asked = {"alpha": options.alpha, "size": options.size, "folder": f"{folder}/{backend}"}
+        asked |= {name: str(path) for name in ("model", "images") if (path := getattr(options, name))}
+        command = [sys.executable, "-m", "training.exports", json.dumps(asked)]
+        done = subprocess.run(command, env={**os.environ, **QUIET, "KERAS_BACKEND": backend}, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise ValueError(f"The exports on {backend} ended with status {done.returncode}; what it said is above.")
+        files = json.loads(done.stdout)
+        specs = {}
+        for name, facts in files.items():
+            common = ("exports", options.alpha, options.size, options.batch or BATCH["exports"], False, folder)
+            specs[Spec(name, backend, *common, path=facts.pop("path"))] = facts
+        for contender in bench.take_turns(list(specs), options.rounds, options.seconds):
+            rows.append(row(contender) | specs[contender.spec])
+    return rows
+
+
 def cost(options: Options) -> int:
     """Multiply-adds for one image."""
     import keras_mnv2
@@ -196,8 +223,9 @@ def run(options: Options) -> bool:
                 print(f"\ngrowth, {title}\n{report.growth_table(results['growth'])}", flush=True)
                 report.draw_growth(results["growth"], options.out / "growth.png")
             else:
-                if mode == "build":
-                    rows, peak = measure_build(options, bench, folder), None
+                if mode in ("build", "exports"):
+                    measure_mode = measure_build if mode == "build" else measure_exports
+                    rows, peak = measure_mode(options, bench, folder), None
                 else:
                     rows, peak = measure(mode, options, bench, folder)
                 results["rows"] += rows

@@ -56,7 +56,9 @@ def main() -> None:
 def serve(spec: Spec, answer: Callable[..., None]) -> None:
     """Builds the contender, warms it up, and runs it for each line of the input."""
     start = time.perf_counter()
-    if spec.contender in KERAS:
+    if spec.path:
+        call, facts = file_call(spec), {}
+    elif spec.contender in KERAS:
         call, facts = keras_contender(spec)
     else:
         call, facts = PEERS[spec.contender][0](spec), {}
@@ -123,6 +125,20 @@ def keras_call(model, spec: Spec) -> Callable[[], object]:
         return fit
     model.compile(optimizer, loss)
     return lambda: model.train_on_batch(x, y)
+
+
+def file_call(spec: Spec) -> Callable[[], object]:
+    """One prediction of an exported file in its own runtime, or of a whole Keras model as it is."""
+    import keras
+
+    import keras_mnv2
+
+    x = images(spec)
+    if spec.path.endswith(".keras"):
+        model = keras.models.load_model(spec.path, compile=False)
+        return lambda: model.predict_on_batch(x)
+    run = keras_mnv2.load_export(spec.path)
+    return lambda: run(x)
 
 
 def process_memory(field: str) -> int:

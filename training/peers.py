@@ -30,6 +30,7 @@ class Spec:
         batch: images a call.
         fold: whether to fold the batch norms of keras_mnv2 for inference.
         folder: for temporary files; whoever starts the process removes it.
+        path: of an exported file, or a whole model, that is run instead.
     """
 
     contender: str
@@ -40,6 +41,7 @@ class Spec:
     batch: int
     fold: bool
     folder: str
+    path: str = ""
 
     @property
     def label(self) -> str:

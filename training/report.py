@@ -17,6 +17,11 @@ COLUMNS = {
     "import, s": ("import_seconds", "{:.2f}"),
     "build, s": ("build_seconds", "{:.2f}"),
     "spread": ("spread", "{:.0%}"),
+    "MB": ("megabytes", "{:.2f}"),
+    "largest difference": ("largest_difference", "{:.1e}"),
+    "mean error": ("mean_absolute_error", "{:.1e}"),
+    "same top-1": ("top1_agreement", "{:.1%}"),
+    "x unfolded": ("x unfolded", "{:.2f}"),
     "x keras": ("x keras", "{:.2f}"),
     "x torchvision": ("x torchvision", "{:.2f}"),
     "x torchvision-folded": ("x torchvision-folded", "{:.2f}"),
@@ -33,8 +38,8 @@ COLUMNS = {
 def compare(rows: list[dict]) -> None:
     """Gives each row its ratios: how many times as fast it is as each reference that was measured.
 
-    The references are keras.applications on the same backend, each other peer in the same mode, and for a step of
-    `fit` the same model's `train_on_batch`.
+    The references are keras.applications on the same backend, each other peer in the same mode, for a step of `fit`
+    the same model's `train_on_batch`, and for exported files the model that they come from.
     """
     seconds = {(row["mode"], row["contender"]): row["seconds"] for row in rows}
     for row in rows:
@@ -43,6 +48,8 @@ def compare(rows: list[dict]) -> None:
         references["keras"] = (row["mode"], f"keras.applications, {backend}")
         if row["mode"] == "fit":
             references["train_on_batch"] = ("training", row["contender"])
+        if row["mode"] == "exports":
+            references = {"unfolded": (row["mode"], f"{OURS}, {backend}")}
         row["ratios"] = {
             name: seconds[key] / row["seconds"] for name, key in references.items() if seconds.get(key) is not None
         }

@@ -3,6 +3,7 @@
 Run as a file it imports nothing of this package, and importing Keras fails: the exported file must not need it.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -71,7 +72,7 @@ def _onnx(path):
 def _litert(path):
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(model_path=str(path))
+    interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
     run_signature = interpreter.get_signature_runner("serving_default")
     ((name, image),) = run_signature.get_input_details().items()
     outputs = run_signature.get_output_details()

@@ -168,8 +168,8 @@ class FakeQuantize(keras.layers.Layer):
     """Rounds a tensor to 256 levels between a minimum and a maximum, as an 8-bit tensor holds it.
 
     The range always holds 0, which is a level itself (Jacob et al. 2018, equations 1 and 13). The first training
-    step sets it to that of the batch, later ones move it there by an exponential average, in frozen layers too. Gradients pass inside
-    the range as if nothing were rounded and are 0 outside (straight-through, Bengio et al. 2013).
+    step sets it to that of the batch, later ones move it there by an exponential average, in frozen layers too.
+    Gradients pass inside the range as if nothing were rounded and are 0 outside (straight-through, Bengio et al. 2013).
 
     Args:
         momentum: share of the old range that a training step keeps.
@@ -187,7 +187,7 @@ class FakeQuantize(keras.layers.Layer):
     Example:
 
     >>> layer = FakeQuantize()
-    >>> y = layer(np.linspace(-1, 1, 1000, dtype="float32"), training=True)
+    >>> y = layer(np.linspace(0, 1, 1000, dtype="float32"), training=True)
     >>> len(np.unique(keras.ops.convert_to_numpy(y)))
     256
     """

@@ -54,7 +54,10 @@ def run(config: Config) -> dict:
     model.save(run_dir / "model.keras")
     difference = None
     if config.saved_model:
-        difference = keras_mnv2.export(model, run_dir / "saved_model", sample=dataset.test.images)
+        report = keras_mnv2.export(
+            model, run_dir / "saved_model", labels=dataset.class_names, sample=dataset.test.images
+        )
+        difference = report.largest_difference
     metrics = {
         "test_accuracy": accuracy,
         "seconds": round(time.perf_counter() - start, 1),

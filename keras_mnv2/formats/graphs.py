@@ -6,6 +6,7 @@ with that backend, on a model in a `.keras` file.
 
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,17 +35,17 @@ def write_saved_model(model: keras.Model, path: Path, labels: Sequence[str] | No
 
     module = tf.Module()
     module.weights = [variable.value for variable in model.variables]
-    if labels is not None:
-        # Its own folder, since the asset keeps the file's name.
-        listing = path.with_name("assets") / "labels.txt"
-        listing.parent.mkdir()
-        listing.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
-        module.labels = tf.saved_model.Asset(str(listing))
     image = model.inputs[0]
     specification = tf.TensorSpec(image.shape, image.dtype, name=image.name)
     module.serve = tf.function(lambda x: named(model, model(x, training=False)), input_signature=[specification])
     signatures = {"serving_default": module.serve.get_concrete_function()}
-    tf.saved_model.save(module, str(path), signatures=signatures)
+    with tempfile.TemporaryDirectory() as folder:
+        if labels is not None:
+            # The asset keeps the file's name.
+            listing = Path(folder) / "labels.txt"
+            listing.write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+            module.labels = tf.saved_model.Asset(str(listing))
+        tf.saved_model.save(module, str(path), signatures=signatures)
 
 
 def write_exported_program(model: keras.Model, path: Path) -> None:

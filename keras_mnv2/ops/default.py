@@ -141,16 +141,12 @@ def fake_quantize(x: Any, minimum: Any, maximum: Any) -> Any:
     >>> [float(v) for v in fake_quantize(np.array([-9.0, 0.0, 1.2]), np.array(-127.0), np.array(128.0))]
     [-9.0, 0.0, 1.0]
     """
-    scale, zero_point = _levels(ops.stop_gradient(minimum), ops.stop_gradient(maximum))
-    inside = ops.clip(x, (0 - zero_point) * scale, (255 - zero_point) * scale)
-    return inside + ops.stop_gradient(ops.round(inside / scale) * scale - inside)
-
-
-def _levels(minimum, maximum):
-    """Distance of two levels, and the number of the level that is 0."""
+    minimum, maximum = (ops.stop_gradient(ops.convert_to_tensor(end)) for end in (minimum, maximum))
     # A tensor of zeros has an empty range.
     scale = ops.maximum((maximum - minimum) / 255, 1e-12)
-    return scale, ops.round(-minimum / scale)
+    zero_point = ops.round(-minimum / scale)
+    inside = ops.clip(x, (0 - zero_point) * scale, (255 - zero_point) * scale)
+    return inside + ops.stop_gradient(ops.round(inside / scale) * scale - inside)
 
 
 def _convolve(convolve, x, kernel, bias, stride, padding, dilation, data_format):

@@ -117,7 +117,7 @@ class ConvNormActivation(_Block):
         self.norm_momentum = norm_momentum
         self.norm_epsilon = norm_epsilon
         self.data_format = data_format_name(data_format)
-        self.norm = None
+        self.norm: Any = None
         self.kernel: Any = None
         self.bias: Any = None
         self._fused_norm = False

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_mnv2 import ops
-from keras_mnv2.arguments import check_rate
+from keras_mnv2.arguments import check_choice, check_rate
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual, ScaleShift
 
 # Signed weights without -128, so that they are symmetric (Jacob et al. 2018, section 3.1).
@@ -19,6 +19,7 @@ RANGE_MOMENTUM = 0.99
 INITIAL_RANGE = (-6.0, 6.0)
 # Names of the variables.
 RANGE = ("range_minimum", "range_maximum", "range_updates")
+_NORMS = ("batch_norm", None)
 # Layers that only choose, move or, in training, change numbers: they stay as they are.
 _MOVING = (
     keras.layers.Dropout,
@@ -121,7 +122,7 @@ def _like(structure, tensor):
 
 def _quantized(layer):
     """A new layer that computes what `layer` does, rounded."""
-    kinds = {
+    kinds: dict[Any, Any] = {
         ConvNormActivation: QuantizedConvNormActivation,
         InvertedResidual: QuantizedInvertedResidual,
         ScaleShift: QuantizedScaleShift,
@@ -130,6 +131,11 @@ def _quantized(layer):
     policy = getattr(layer, "dtype_policy", None)
     if policy is not None and policy.compute_dtype != "float32":
         raise ValueError(f"model must compute in float32 to be quantised, got {policy.name} in {layer.name!r}.")
+    if getattr(layer, "norm_layer", None) not in _NORMS:
+        raise ValueError(
+            f'model must have norm_layer="batch_norm" or None to be quantised, got {layer.norm_layer!r} in the layer '
+            f"{layer.name!r}."
+        )
     if type(layer) in kinds:
         return kinds[type(layer)].from_config(layer.get_config())
     if type(layer) in (keras.layers.Rescaling, keras.layers.Normalization):
@@ -156,11 +162,9 @@ def _copy_weights(layer, copy):
         copy.scale.assign(np.broadcast_to(scale, copy.scale.shape))
         copy.shift.assign(np.broadcast_to(-mean * scale, copy.shift.shape))
     else:
-        given = {weight.path: weight for weight in getattr(layer, "weights", ())}
-        for weight in getattr(copy, "weights", ()):
-            if weight.path in given:
-                weight.assign(keras.ops.convert_to_numpy(given.pop(weight.path)))
-        assert not given, f"{layer.name} has weights that its copy has not: {sorted(given)}"
+        kept = [weight for weight in getattr(copy, "weights", ()) if weight.name not in RANGE]
+        for source, target in zip(getattr(layer, "weights", ()), kept, strict=True):
+            target.assign(keras.ops.convert_to_numpy(source))
 
 
 @keras.saving.register_keras_serializable("keras_mnv2")
@@ -242,8 +246,7 @@ class QuantizedConvNormActivation(ConvNormActivation):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.norm_layer not in ("batch_norm", None):
-            raise ValueError(f'norm_layer must be "batch_norm" or None to be quantised, got {self.norm_layer!r}.')
+        check_choice("norm_layer", self.norm_layer, _NORMS)
         self.output_range = FakeQuantize(name="output_range", dtype=self.dtype_policy)
 
     def build(self, input_shape):

@@ -154,3 +154,24 @@ def test_batch_normalization_keeps_double_precision(rng):
 def test_relu6_cuts_at_zero_and_six():
     x = keras.ops.convert_to_tensor(np.array([-1.0, 0.0, 3.0, 6.0, 7.0], "float32"))
     assert keras.ops.convert_to_numpy(ops.relu6(x)).tolist() == [0, 0, 3, 6, 6]
+
+
+@given(low=st.floats(-20, 0), high=st.floats(0, 20), spread=st.floats(0.1, 30))
+def test_fake_quantize_rounds_to_levels_that_hold_zero(low, high, spread):
+    x = np.random.default_rng(0).normal(0, spread, (50,)).astype("float32")
+    low, high = np.float32(low), np.float32(high)
+    scale = max((high - low) / 255, 1e-12)
+    zero_point = np.round(-low / scale)
+    expected = (np.clip(np.round(x / scale) + zero_point, 0, 255) - zero_point) * scale
+    limits = [keras.ops.convert_to_tensor(end) for end in (low, high)]
+    inside = (x > -zero_point * scale + scale / 2) & (x < (255 - zero_point) * scale - scale / 2)
+    outside = (x < -zero_point * scale - scale / 2) | (x > (255 - zero_point) * scale + scale / 2)
+    weights = np.cos(np.arange(50)).astype("float32")
+    for module in (ops, default):
+        found = keras.ops.convert_to_numpy(module.fake_quantize(keras.ops.convert_to_tensor(x), *limits))
+        # Half a level is rounded up here and down there.
+        assert np.abs(found - expected).max() <= 1.001 * scale + 1e-6
+        assert (np.abs(found - expected) > 1e-4 * scale + 1e-6).mean() <= 0.1
+        _, gradient = gradients(lambda t, m=module: m.fake_quantize(t, *limits), [x])
+        np.testing.assert_allclose(gradient[inside], weights[inside], rtol=1e-6)
+        assert not gradient[outside].any()

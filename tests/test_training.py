@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 
+from tests.helpers import note
 from training import augment, data, memory, schedules, train
 from training.__main__ import RECIPES
 from training.config import Config
@@ -38,6 +39,19 @@ def test_the_command_leaves_a_complete_run_folder(tmp_path):
     test = data.load("digits", 32).test
     found = (loaded.predict(test.images, verbose=0).argmax(1) == test.labels.argmax(1)).mean()
     assert found == pytest.approx(metrics["test_accuracy"])
+
+
+@pytest.mark.slow
+def test_int8_after_quantisation_aware_training_is_within_half_a_point_of_float(tmp_path):
+    done = command("digits", "--quantize-epochs", "5", "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    found = {name: metrics[f"{name}_tflite_test_accuracy"] for name in ("float32", "int8", "int8_aware")}
+    for name, accuracy in found.items():
+        note(f"digits, test accuracy of the LiteRT file, {name}", accuracy)
+    assert found["float32"] == pytest.approx(metrics["test_accuracy"], abs=0.003)
+    assert found["float32"] >= 0.97
+    assert found["int8_aware"] >= found["float32"] - 0.005
 
 
 @pytest.mark.parametrize("own", [None, "glibc.malloc.arena_max=2"])

@@ -38,3 +38,8 @@ class Config:
     """Folder for the results, new or empty; by default runs/RECIPE-BACKEND-TIME."""
     saved_model: bool = True
     """Whether to export a SavedModel, which needs TensorFlow on every backend."""
+    quantize_epochs: int = 0
+    """Epochs of quantisation-aware training after the others; the run folder then gets `model_float32.tflite`,
+    `model_int8.tflite` (quantised without it) and `model_int8_aware.tflite`, and their accuracies."""
+    quantize_learning_rate: float = 1e-4
+    """Peak of the learning rate of those epochs."""

@@ -21,7 +21,7 @@ def run(config: Config) -> dict:
     """Trains, tests, saves and exports as `config` says.
 
     The run folder gets `config.json`, `history.csv` (a line an epoch, written as it ends), `model.keras`,
-    `curves.png`, `saved_model/` and, last, `metrics.json`.
+    `curves.png`, `saved_model/`, the LiteRT files of `quantize` where it asks for them, and, last, `metrics.json`.
 
     Returns:
         The metrics.
@@ -33,6 +33,9 @@ def run(config: Config) -> dict:
     start = time.perf_counter()
     if config.saved_model and importlib.util.find_spec("tensorflow") is None:
         raise ImportError("saved_model needs TensorFlow: pip install tensorflow, or pass --no-saved-model.")
+    needed = ("tensorflow", "ai_edge_litert") if config.quantize_epochs else ()
+    if any(importlib.util.find_spec(name) is None for name in needed):
+        raise ImportError(f'quantize_epochs needs {" and ".join(needed)}: pip install "keras_mnv2[litert]".')
     keras.utils.set_random_seed(config.seed)
     dataset = data.load(config.dataset, config.image_size)
     model = build_model(config, dataset)
@@ -58,8 +61,10 @@ def run(config: Config) -> dict:
             model, run_dir / "saved_model", labels=dataset.class_names, sample=dataset.test.images
         )
         difference = report.largest_difference
+    quantized = quantize(model, config, dataset, batches, run_dir) if config.quantize_epochs else {}
     metrics = {
         "test_accuracy": accuracy,
+        **quantized,
         "seconds": round(time.perf_counter() - start, 1),
         "fit_seconds": round(fit_seconds, 1),
         "saved_model_largest_difference": difference,
@@ -95,6 +100,39 @@ def compile_model(model: keras.Model, config: Config, steps: int) -> None:
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
     model.compile(optimizer, loss=loss, metrics=["accuracy"])
+
+
+def quantize(
+    model: keras.Model, config: Config, dataset: data.Dataset, batches: data.Batches, run_dir: Path
+) -> dict[str, float]:
+    """Writes `model` as LiteRT files in float32, in int8, and in int8 after quantisation-aware training.
+
+    Returns:
+        The test accuracy of each file, run by LiteRT.
+    """
+    images, labels = dataset.test.images, dataset.test.labels.argmax(1)
+    # Some hundred images give the ranges of the activations.
+    calibration = dataset.train.images[:500]
+    aware = keras_mnv2.quantize_aware(model)
+    compile_model(
+        aware,
+        dataclasses.replace(config, learning_rate=config.quantize_learning_rate, epochs=config.quantize_epochs),
+        len(batches),
+    )
+    validation = (dataset.validation.images, dataset.validation.labels)
+    aware.fit(batches, epochs=config.quantize_epochs, validation_data=validation)
+    accuracies = {}
+    for name, source, options in (
+        ("float32", model, {}),
+        ("int8", model, {"precision": "int8", "calibration": calibration, "io_dtype": "uint8"}),
+        ("int8_aware", aware, {"precision": "int8", "io_dtype": "uint8"}),
+    ):
+        path = run_dir / f"model_{name}.tflite"
+        keras_mnv2.export(source, path, "litert", sample=images, **options)
+        (scores,) = keras_mnv2.load_export(path)(images).values()
+        accuracies[f"{name}_tflite_test_accuracy"] = float((scores.argmax(1) == labels).mean())
+        print(f"{path.name}: test accuracy {accuracies[f'{name}_tflite_test_accuracy']:.2%} in LiteRT")
+    return accuracies
 
 
 def make_run_dir(config: Config) -> Path:

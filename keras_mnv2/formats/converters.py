@@ -5,6 +5,7 @@ Run as a file, so that nothing of this package is imported: a converter that fai
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ def to_litert(
     source: Path,
     target: Path,
     precision: str,
-    calibration: str | None = None,
+    calibration: str = "",
     quantized: bool = False,
     io_dtype: str = "int8",
     **_,
@@ -75,6 +76,7 @@ def to_onnx(source: Path, target: Path, input_name: str, output_names: list[str]
         input_names=[input_name],
         output_names=output_names,
     )
+    assert program is not None
     first = target.with_suffix(".first.onnx")
     program.save(first)
     # "Basic" keeps to standard operations. What goes: the pairs of transposes between PyTorch's and the model's layout.
@@ -132,7 +134,7 @@ def to_openvino(source: Path, target: Path, **_) -> None:
     openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
 
 
-CONVERTERS = {"litert": to_litert, "onnx": to_onnx, "openvino": to_openvino}
+CONVERTERS: dict[str, Callable[..., None]] = {"litert": to_litert, "onnx": to_onnx, "openvino": to_openvino}
 
 
 if __name__ == "__main__":

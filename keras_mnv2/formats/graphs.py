@@ -96,7 +96,7 @@ def output_names(model: keras.Model) -> list[str]:
 
 
 def main() -> None:
-    """`FORMAT MODEL.keras GRAPH LABELS`, and to convert the graph in the same process `TARGET OPTIONS` of a converter."""
+    """`FORMAT MODEL.keras GRAPH LABELS`, and `TARGET OPTIONS` of a converter to convert the graph in this process."""
     format, source, graph, labels, *conversion = sys.argv[1:]
     model = keras.models.load_model(source, compile=False)
     if keras.backend.backend() == "torch":

@@ -51,11 +51,10 @@ def _saved_model(path):
     (name,) = serve.structured_input_signature[1]
     dtype = serve.structured_input_signature[1][name].dtype
 
-    def run(images):
+    def run(images, _loaded=loaded):  # A signature does not keep its model alive.
         outputs = serve(**{name: tf.constant(images, dtype)})
         return {key: value.numpy() for key, value in outputs.items()}
 
-    run.loaded = loaded  # A signature does not keep its model alive.
     return run
 
 
@@ -137,4 +136,5 @@ def outputs_of(run: Callable, batches: Iterable[np.ndarray]) -> dict[str, np.nda
 if __name__ == "__main__":
     sys.modules["keras"] = None  # type: ignore[assignment]  # Importing it fails from here on.
     with np.load(sys.argv[2]) as batches:
-        np.savez(sys.argv[3], **outputs_of(load_export(sys.argv[1]), batches.values()))
+        outputs = outputs_of(load_export(sys.argv[1]), batches.values())
+    np.savez(sys.argv[3], allow_pickle=False, **outputs)

@@ -216,10 +216,46 @@ def test_a_broken_image_ends_an_evaluation(files, capsys, tmp_path):
     assert "torn.png' cannot be read as an image" in err
 
 
+def test_export_of_integers_calibrated_on_photographs(files, capsys, tmp_path):
+    folder, _ = files
+    rows = [(1, 16, 1, 1), (6, 24, 2, 2)]
+    common = {"inverted_residual_setting": rows, "alpha": 0.35, "weights": None, "classifier_activation": None}
+    model = keras_mnv2.MobileNetV2((32, 32, 3), classes=5, include_preprocessing=True, **common)
+    model.save(tmp_path / "model.keras")
+    arguments = ("export", tmp_path / "model.keras", tmp_path / "model.tflite", "--json")
+    integers = ("--precision", "int8", "--io-dtype", "uint8", "--calibration", folder)
+    status, out, err = run(capsys, *arguments, *integers)
+    assert status == 0, err
+    report = json.loads(out)
+    assert (report["format"], report["precision"]) == ("litert", "int8")
+    assert report["path"] == str(tmp_path / "model.tflite")
+    photographs = sorted(path for path in folder.iterdir() if path.suffix != ".h5")
+    assert report["images"] == len(photographs) == 3
+    assert report["size"] == (tmp_path / "model.tflite").stat().st_size
+    (pixels,) = keras_mnv2.evaluation_data(photographs, size=32, normalize=False)[0]
+    found = keras_mnv2.load_export(tmp_path / "model.tflite")(pixels)["predictions"]
+    expected = model.predict(pixels, verbose=0)
+    assert np.abs(found - expected).mean() <= 0.1 * np.abs(expected).mean()
+    for more, message in (
+        ((), "path must be new"),
+        (("--overwrite", "--precision", "int8"), "calibration must be images"),
+        (
+            ("--overwrite", "--precision", "int8", "--calibration", "nowhere"),
+            "--calibration must be a folder of images",
+        ),
+        (("--overwrite", "--labels", tmp_path / "nowhere.txt"), "No such file"),
+        (("--overwrite", "--format", "onnx"), "path must end in '.onnx'"),
+    ):
+        status, out, err = run(capsys, *arguments, *more)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
+
+
 def test_without_a_command_it_prints_its_help(capsys):
     status, out, err = run(capsys)
     assert (status, out) == (2, "")
-    for name in ("predict", "evaluate", "weights", "profile"):
+    for name in ("predict", "evaluate", "export", "weights", "profile"):
         assert f"    {name} " in err
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

@@ -1,10 +1,13 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 import keras_mnv2
 from tests.helpers import note, randomise
 
+ROOT = Path(__file__).parent.parent
 MATRIX = [
     ("tf_saved_model", "float32", "model"),
     ("onnx", "float32", "model.onnx"),
@@ -366,3 +370,29 @@ def test_a_model_of_two_inputs_is_refused(tmp_path):
 def test_load_export_names_what_it_can_load(tmp_path):
     with pytest.raises(ValueError, match=r"path must be a SavedModel or end in \.onnx, .*, got '.*a\.gguf'"):
         keras_mnv2.load_export(tmp_path / "a.gguf")
+
+
+def test_the_documentations_code_runs_without_keras(decided, exported, tmp_path):
+    images = decided[1][:6]
+    np.save(tmp_path / "images.npy", images)
+    for name, asked in {
+        "mobilenet": ("tf_saved_model",),
+        "mobilenet.onnx": ("onnx",),
+        "mobilenet.tflite": ("litert", "float16"),
+        "mobilenet_int8.tflite": ("litert", "int8"),
+        "mobilenet.xml": ("openvino",),
+        "mobilenet.pt2": ("torch",),
+    }.items():
+        path = exported(*asked).path
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / name)
+    shutil.copy(exported("openvino").path.with_suffix(".bin"), tmp_path / "mobilenet.bin")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    first = "import sys\nsys.modules['keras'] = sys.modules['keras_mnv2'] = None\n"
+    first += "import numpy as np\nimages = np.load('images.npy')\n"
+    expected = decided[0].predict(images, verbose=0).argmax(1)
+    assert len(blocks) == 6
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", first + block], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        names = [LABELS[i] for i in expected] if "saved_model" in block else expected
+        assert done.stdout.strip() == str(names)

@@ -74,8 +74,9 @@ def quantize_aware(model: keras.Model) -> keras.Model:
     Example:
 
     >>> model = quantize_aware(MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10))
-    >>> model.compile("sgd", "sparse_categorical_crossentropy")
-    >>> history = model.fit(np.zeros((8, 32, 32, 3)), np.zeros(8), verbose=0)
+    >>> model.compile("sgd", "sparse_categorical_crossentropy")  # And then `model.fit(images, labels)`.
+    >>> model.layers[1].name
+    'input_range'
     """
     if not isinstance(model, keras.Model) or len(getattr(model, "inputs", None) or ()) != 1:
         raise ValueError(f"model must be a built functional or sequential Keras model with one input, got {model!r}.")

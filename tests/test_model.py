@@ -225,7 +225,7 @@ def test_a_dynamic_model_takes_every_size(rng):
         assert relative_difference(dynamic.predict(x, verbose=0), static.predict(x, verbose=0)) <= 1e-5
 
 
-@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.parametrize("padding", ["same", pytest.param("symmetric", marks=pytest.mark.slow)])
 def test_channels_first_gives_the_numbers_of_channels_last(padding, rng):
     last = small(padding=padding, data_format="channels_last")
     first = small(padding=padding, input_shape=(3, 32, 32), data_format="channels_first")

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_mnv2 import ops
@@ -57,6 +57,7 @@ def gradients(function, arrays):
     return [np.asarray(keras.ops.convert_to_numpy(a)) for a in (value, *found)]
 
 
+@settings(max_examples=15)
 @given(shape=SHAPES)
 def test_convolutions_equal_the_reference(shape):
     rng = np.random.default_rng(1)

@@ -77,7 +77,14 @@ def save_as_its_library_does(checkpoint, model, path):
     return path
 
 
-@pytest.mark.parametrize("checkpoint", RECORDS, ids=lambda checkpoint: checkpoint.name)
+# XLA compiles keras.applications at these widths for half a minute each.
+LONG = ("keras/mobilenet_v2_0.75_96", "keras/mobilenet_v2_1.3_224")
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [pytest.param(c, marks=pytest.mark.slow if c.name in LONG else (), id=c.name) for c in RECORDS],
+)
 def test_the_librarys_own_numbers(checkpoint, tmp_path, rng):
     size = 96
     x = rng.normal(size=(2, size, size, 3)).astype("float32")

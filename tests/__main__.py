@@ -1,4 +1,4 @@
-"""`python -m tests [--backend NAME] [pytest arguments]`: lint, types, and the tests, each backend in its own process."""
+"""`python -m tests [--backend NAME] [pytest arguments]`: lint, types, and the tests, a process for each backend."""
 
 import argparse
 import os

@@ -20,7 +20,7 @@ from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, runtimes
 from keras_mnv2.formats.graphs import TRACED_SIDE, named, output_names, write_exported_program, write_saved_model
 from keras_mnv2.preprocessing import imagenet_labels
-from keras_mnv2.quantize import is_quantized
+from keras_mnv2.quantize import is_quantized, layers_of
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def export(
         elif _is_active(format):
             _write(source, target, format, labels)
         else:
-            _cross_over(source, folder, format, target, json.dumps(labels))
+            _cross_over(source, folder, format, target, labels)
         report = _compare(model, target, images, folder, path, format, precision, quantized)
         _move(target.parent, path, folder)
     if verbose:
@@ -264,7 +264,7 @@ def _folded(model):
 
 
 def _computes_in_16_bits(model):
-    return any(getattr(layer, "compute_dtype", "") in ("float16", "bfloat16") for layer in model._flatten_layers())
+    return any(getattr(layer, "compute_dtype", "") in ("float16", "bfloat16") for layer in layers_of(model))
 
 
 def _in_float32(model):
@@ -289,7 +289,7 @@ def _convert(model, folder, format, target, options):
     """Writes the model's graph and converts it: in two steps here, or both in a child with the right backend."""
     graph = folder / ("graph.pt2" if FORMATS[format].backend == "torch" else "graph")
     if not _is_active(format):
-        _cross_over(model, folder, format, graph, "null", target, options)
+        _cross_over(model, folder, format, graph, None, target, options)
         return
     _write(model, graph, format)
     _run(converters.__file__, format, graph, target, options)
@@ -307,9 +307,20 @@ def _write(model, path, format, labels=None):
         raise RuntimeError(f"The export failed: {type(error).__name__}: {lines[0]}") from error
 
 
-def _cross_over(model, folder, format, *arguments):
+def _cross_over(model, folder, format, graph, labels, *conversion):
+    """Writes the model's graph, and converts it where `conversion` asks for it, in a child with the right backend."""
+    backend = FORMATS[format].backend
+    own = {type(layer) for layer in layers_of(model)}
+    modules = {kind.__module__ for kind in own if kind.__module__.partition(".")[0] not in ("keras", "keras_mnv2")}
+    if "__main__" in modules:
+        names = ", ".join(sorted(kind.__name__ for kind in own if kind.__module__ == "__main__"))
+        raise ValueError(
+            f"model must have layers of modules that can be imported, since {format} is written by a process with "
+            f"{backend}, got {names} of the script itself."
+        )
     model.save(folder / "model.keras")
-    _run("-m", graphs.__name__, format, folder / "model.keras", *arguments, keras=FORMATS[format].backend)
+    about = json.dumps({"labels": labels, "modules": sorted(modules)})
+    _run("-m", graphs.__name__, format, folder / "model.keras", graph, about, *conversion, keras=backend)
 
 
 def _is_active(format):
@@ -322,6 +333,8 @@ def _run(*arguments, keras="tensorflow"):
     """Runs Python with these arguments; what goes wrong in it is one sentence."""
     # A child that needs no accelerator: the parent may hold all of its memory.
     environment = {**os.environ, "KERAS_BACKEND": keras, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    # What the caller can import, such as modules with layers of their own, the child can too.
+    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     command = [sys.executable, "-P", "-W", "ignore", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:

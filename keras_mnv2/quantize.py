@@ -1,5 +1,6 @@
 """Quantisation-aware training: a model that computes with the rounding of 8-bit integers, and learns with it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -111,7 +112,14 @@ def quantize_aware(model: keras.Model) -> keras.Model:
 
 def is_quantized(model: keras.Model) -> bool:
     """Whether `model` comes from `quantize_aware`, in whole or in part."""
-    return any(isinstance(layer, FakeQuantize) for layer in model._flatten_layers())
+    return any(isinstance(layer, FakeQuantize | QuantizedConvNormActivation) for layer in layers_of(model))
+
+
+def layers_of(model: Any) -> Iterator[Any]:
+    """The layers of a model, and those of models and wrappers among them."""
+    for layer in [model.layer] if isinstance(model, keras.layers.Wrapper) else getattr(model, "layers", ()):
+        yield layer
+        yield from layers_of(layer)
 
 
 def _like(structure, tensor):

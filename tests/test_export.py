@@ -210,6 +210,32 @@ def test_a_users_sequential_model_and_mixed_precision(tmp_path):
     np.testing.assert_allclose(found, wide.predict(images, verbose=0), atol=1e-5)
 
 
+OWN = """
+import keras
+
+@keras.saving.register_keras_serializable("mine")
+class Twice(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+"""
+# The format that this backend does not write by itself.
+FOREIGN = ("torch", "a.pt2") if keras.backend.backend() != "torch" else ("tf_saved_model", "a")
+
+
+def test_a_users_own_layer_crosses_over_where_it_can_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "own_layers.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module("own_layers").Twice
+    image = keras.Input((32, 32, 3))
+    model = keras.Model(image, kind()(image))
+    report = keras_mnv2.export(model, tmp_path / "out" / FOREIGN[1], FOREIGN[0], verbose=False)
+    assert report.largest_difference == 0
+    kind.__module__ = "__main__"
+    with pytest.raises(ValueError, match=r"model must have layers of modules that can be imported, .* got Twice"):
+        keras_mnv2.export(model, tmp_path / "out" / f"b{FOREIGN[1]}", FOREIGN[0])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [FOREIGN[1]]
+
+
 def test_what_cannot_be_folded_says_so(tmp_path):
     class Own(keras.layers.Layer):
         def __init__(self):
@@ -321,16 +347,14 @@ def test_integers_that_say_nothing_of_the_model_are_refused(decided, tmp_path, m
 def test_a_failing_step_is_one_sentence_and_leaves_nothing(part, tmp_path, monkeypatch):
     broken = tmp_path / "broken.py"
     broken.write_text("print('noise')\nraise OSError('the step broke')\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     module = sys.modules[f"keras_mnv2.formats.{part}"]
     monkeypatch.setattr(
         module, "__name__" if part == "graphs" else "__file__", "broken" if part == "graphs" else broken
     )
     # A format whose graph this backend makes by itself, and one that it must cross over for.
-    foreign = ("a.pt2", "torch") if keras.backend.backend() == "tensorflow" else ("a.tflite", "litert")
     own = ("a.onnx", "onnx") if keras.backend.backend() == "torch" else ("a.tflite", "litert")
-    name, format = foreign if part == "graphs" else own
+    name, format = FOREIGN[::-1] if part == "graphs" else own
     if part == "converters" and keras.backend.backend() == "jax":
         pytest.skip("JAX makes no graph by itself: the child that does converts it")
     with pytest.raises(RuntimeError, match="The export failed in its own process: OSError: the step broke"):

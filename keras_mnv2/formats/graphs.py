@@ -4,6 +4,7 @@ Each function needs its own backend to be the active one; `python -m keras_mnv2.
 with that backend, on a model in a `.keras` file.
 """
 
+import importlib
 import json
 import sys
 import tempfile
@@ -96,13 +97,19 @@ def output_names(model: keras.Model) -> list[str]:
 
 
 def main() -> None:
-    """`FORMAT MODEL.keras GRAPH LABELS`, and `TARGET OPTIONS` of a converter to convert the graph in this process."""
-    format, source, graph, labels, *conversion = sys.argv[1:]
+    """`FORMAT MODEL.keras GRAPH ABOUT`, and `TARGET OPTIONS` of a converter to convert the graph in this process.
+
+    `ABOUT` is JSON: the labels, and the modules that the classes of the model come from.
+    """
+    format, source, graph, about, *conversion = sys.argv[1:]
+    about = json.loads(about)
+    for module in about["modules"]:
+        importlib.import_module(module)
     model = keras.models.load_model(source, compile=False)
     if keras.backend.backend() == "torch":
         write_exported_program(model, Path(graph))
     else:
-        write_saved_model(model, Path(graph), json.loads(labels))
+        write_saved_model(model, Path(graph), about["labels"])
     if conversion:
         target, options = conversion
         CONVERTERS[format](Path(graph), Path(target), **json.loads(options))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import randomise, relative_difference
-from training import benchmark, peers, report, turns
+from training import benchmark, exports, peers, report, turns
 from training.contenders import PEERS
 from training.peers import Spec
 
@@ -250,3 +250,22 @@ def test_a_bad_option_ends_in_one_sentence(arguments, message, monkeypatch, tmp_
         benchmark.main()
     assert message in f"{ended.value.code}{capsys.readouterr().err}"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_exports_are_measured_beside_the_model_that_they_come_from(tmp_path):
+    command = [sys.executable, "-m", "training.benchmark", *TINY, "--mode", "exports", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=turns.ROOT)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == [f"{name}, {BACKEND}" for name in ("keras_mnv2", *exports.FILES)]
+    model = rows[0]
+    assert model["ratios"] == {"unfolded": 1}
+    for row in rows[1:]:
+        assert row["ratios"]["unfolded"] == pytest.approx(model["seconds"] / row["seconds"])
+        assert 0 < row["megabytes"] < 10
+        assert row["top1_agreement"] is not None
+        if "16" not in row["contender"] and "int8" not in row["contender"]:
+            assert row["largest_difference"] <= 1e-4
+    for word in ("x unfolded", "same top-1", "largest difference", "LiteRT dynamic int8"):
+        assert word in done.stdout

@@ -21,7 +21,7 @@ from keras_mnv2.cost import cost_profile
 from keras_mnv2.evaluation import SUFFIXES, evaluation_data
 from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export
 from keras_mnv2.model import MobileNetV2
-from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of
+from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of, scales_pixels
 from keras_mnv2.weights.load import checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, imagenet_checkpoint, list_weights
 
@@ -285,7 +285,7 @@ def _input_of(model):
     if len(taken) != 4 or 3 not in (taken[1], taken[-1]):
         raise ValueError(f"The model must take RGB images, got one that takes {taken}.")
     size = taken[2] or 224
-    return Preprocessing(int(size / 0.875), size), any(layer.name == "preprocess" for layer in model.layers)
+    return Preprocessing(int(size / 0.875), size), scales_pixels(model)
 
 
 def _scoring(model):
@@ -338,10 +338,9 @@ def _calibration(folder, model, how):
     if not paths:
         raise ValueError(f"--calibration must be a folder of images ({', '.join(SUFFIXES)}), got {folder!r}.")
     default, scales = _input_of(model)
-    chosen = [paths[i * len(paths) // CALIBRATION_IMAGES] for i in range(CALIBRATION_IMAGES)]
-    data = evaluation_data(
-        paths if len(paths) <= CALIBRATION_IMAGES else chosen, weights=how or default, normalize=not scales
-    )
+    count = min(len(paths), CALIBRATION_IMAGES)
+    chosen = [paths[i * len(paths) // count] for i in range(count)]
+    data = evaluation_data(chosen, weights=how or default, normalize=not scales)
     images = np.concatenate([x for (x,) in _read_ahead(data)])
     return np.moveaxis(images, -1, 1) if model.input_shape[-1] != 3 else images
 

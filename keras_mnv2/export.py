@@ -19,7 +19,7 @@ from keras_mnv2.arguments import check_choice
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, runtimes
 from keras_mnv2.formats.graphs import TRACED_SIDE, named, output_names, write_exported_program, write_saved_model
-from keras_mnv2.preprocessing import imagenet_labels
+from keras_mnv2.preprocessing import imagenet_labels, scales_pixels
 from keras_mnv2.quantize import is_quantized, layers_of
 
 
@@ -202,10 +202,12 @@ def _check(model, path, format, precision, calibration, io_dtype, overwrite):
     suffix = FORMATS[format].suffix
     if suffix and path.suffix != suffix:
         raise ValueError(f"path must end in {suffix!r} for format={format!r}, got {str(path)!r}.")
-    replaceable = overwrite and (path.is_file() if suffix else (path / "saved_model.pb").is_file())
-    if path.exists() and not replaceable:
-        kind = "a file" if suffix else "a SavedModel"
-        raise ValueError(f"path must be new, or {kind} with overwrite=True, got {str(path)!r}, which exists.")
+    # OpenVINO's weights lie beside its graph.
+    for file in (path, path.with_suffix(".bin")) if format == "openvino" else (path,):
+        replaceable = overwrite and (file.is_file() if suffix else (file / "saved_model.pb").is_file())
+        if file.exists() and not replaceable:
+            kind = "a file" if suffix else "a SavedModel"
+            raise ValueError(f"path must be new, or {kind} with overwrite=True, got {str(file)!r}, which exists.")
     return quantized
 
 
@@ -241,9 +243,8 @@ def _sample(model, sample, calibration):
     if sample is None and calibration is not None:
         return calibration[:64]
     if sample is None:
-        raw = any(layer.name == "preprocess" for layer in model.layers)
         shape = [4, *(n or TRACED_SIDE for n in model.inputs[0].shape[1:])]
-        sample = np.random.default_rng(0).uniform(*((0, 255) if raw else (-1, 1)), shape)
+        sample = np.random.default_rng(0).uniform(*((0, 255) if scales_pixels(model) else (-1, 1)), shape)
     return _images(model, "sample", sample)
 
 
@@ -320,7 +321,7 @@ def _cross_over(model, folder, format, graph, labels, *conversion):
         )
     model.save(folder / "model.keras")
     about = json.dumps({"labels": labels, "modules": sorted(modules)})
-    _run("-m", graphs.__name__, format, folder / "model.keras", graph, about, *conversion, keras=backend)
+    _run("-m", graphs.__name__, format, folder / "model.keras", graph, about, *conversion, backend=backend)
 
 
 def _is_active(format):
@@ -329,10 +330,10 @@ def _is_active(format):
     return backend == FORMATS[format].backend and not (backend == "torch" and sys.modules["torch"].cuda.is_available())
 
 
-def _run(*arguments, keras="tensorflow"):
+def _run(*arguments, backend="tensorflow"):
     """Runs Python with these arguments; what goes wrong in it is one sentence."""
     # A child that needs no accelerator: the parent may hold all of its memory.
-    environment = {**os.environ, "KERAS_BACKEND": keras, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     # What the caller can import, such as modules with layers of their own, the child can too.
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     command = [sys.executable, "-P", "-W", "ignore", *map(str, arguments)]
@@ -344,8 +345,8 @@ def _run(*arguments, keras="tensorflow"):
 
 def _cause(lines):
     """The line that names an exception, the last that starts as one does; or the last line."""
-    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-    return (named or lines)[-1][:500]
+    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
+    return (errors or lines)[-1][:500]
 
 
 def _compare(model, target, images, folder, path, format, precision, quantized):
@@ -395,13 +396,16 @@ def _shapes(outputs):
 
 
 def _move(folder, path, scratch):
-    """Gives the results their final names, the named one last; what it replaces goes when the scratch folder does."""
-    others = [result for result in folder.iterdir() if result.name != path.name]
+    """Gives the results their final names, the named one last; where that fails, all is as it was before.
+
+    What they replace goes when the scratch folder does.
+    """
     with contextlib.ExitStack() as undo:
-        for result in others:
-            result.replace(path.with_name(result.name))
-            undo.callback(path.with_name(result.name).unlink, missing_ok=True)
-        if path.exists():
-            path.rename(scratch / "replaced")
-        (folder / path.name).rename(path)
+        for result in sorted(folder.iterdir(), key=lambda result: result.name == path.name):
+            final, replaced = path.with_name(result.name), scratch / f"replaced-{result.name}"
+            if final.exists():
+                final.rename(replaced)
+                undo.callback(replaced.rename, final)
+            result.rename(final)
+            undo.callback(final.rename, result)
         undo.pop_all()

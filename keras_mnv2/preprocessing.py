@@ -76,6 +76,11 @@ def preprocessing_layer(
     )
 
 
+def scales_pixels(model: keras.Model) -> bool:
+    """Whether `model` was built with `include_preprocessing`, and takes pixels of 0..255."""
+    return any(layer.name == "preprocess" for layer in model.layers)
+
+
 def preprocessing_of(weights: str | Checkpoint | Preprocessing | None) -> Preprocessing:
     """The preprocessing of a checkpoint, by name or record; of Keras's own at 224 pixels for None and "imagenet"."""
     if isinstance(weights, Preprocessing):

@@ -57,7 +57,8 @@ def gradients(function, arrays):
     return [np.asarray(keras.ops.convert_to_numpy(a)) for a in (value, *found)]
 
 
-@settings(max_examples=15)
+# JAX compiles each example.
+@settings(max_examples=15 if keras.backend.backend() == "jax" else 25)
 @given(shape=SHAPES)
 def test_convolutions_equal_the_reference(shape):
     rng = np.random.default_rng(1)

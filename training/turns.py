@@ -30,6 +30,16 @@ class MissingPackage(ContenderError):
     """A contender needs a package that is not installed."""
 
 
+def process_backend(spec: Spec) -> str:
+    """Keras's backend in a contender's process.
+
+    An exported file needs none; PyTorch first, since its CUDA build crashes where TensorFlow was imported before
+    (torch 2.14, TensorFlow 2.21).
+    """
+    exported = spec.path and not spec.path.endswith(".keras")
+    return "torch" if exported or not spec.backend else spec.backend
+
+
 class Contender:
     """A process that runs one implementation when it is told to."""
 
@@ -46,7 +56,7 @@ class Contender:
             stderr=self.errors,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **QUIET, "KERAS_BACKEND": spec.backend or "torch"},
+            env={**os.environ, **QUIET, "KERAS_BACKEND": process_backend(spec)},
             start_new_session=True,
         )
 

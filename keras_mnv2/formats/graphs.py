@@ -89,11 +89,10 @@ def named(model: keras.Model, outputs: Any) -> dict[str, Any]:
 
 
 def output_names(model: keras.Model) -> list[str]:
-    """The names of a model's outputs in their order."""
+    """The names of a functional model's outputs in their order."""
     if isinstance(model.output, dict):
         return list(model.output)
-    # A sequential model has no names of its own.
-    return getattr(model, "output_names", None) or [model.layers[-1].name]
+    return model.output_names
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from keras_mnv2.export import ExportReport, export
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats.runtimes import load_export
 from keras_mnv2.model import MobileNetV2
-from keras_mnv2.preprocessing import decode_predictions, preprocess_input, resize_and_crop
+from keras_mnv2.preprocessing import decode_predictions, load_image, preprocess_input, resize_and_crop
 from keras_mnv2.quantize import quantize_aware
 from keras_mnv2.weights.load import load_weights, save_weights
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, list_weights
@@ -27,6 +27,7 @@ __all__ = [
     "layers",
     "list_weights",
     "load_export",
+    "load_image",
     "load_weights",
     "preprocess_input",
     "quantize_aware",

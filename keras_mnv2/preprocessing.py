@@ -126,7 +126,7 @@ def resize_and_crop(
         check_whole("size", size)
         crop = size
     shorter = how.resize * crop // how.crop
-    picture = _rgb(image)
+    picture = load_image(image)
     width, height = picture.size
     if not width or not height:
         raise ValueError(f"image must have pixels, got one of height {height} and width {width}.")
@@ -142,9 +142,28 @@ def resize_and_crop(
     return np.array(picture.crop((left, top, left + crop, top + crop)))
 
 
-def _rgb(image):
-    if isinstance(image, str | os.PathLike):
-        if not Path(image).is_file():
+def load_image(image: Any) -> Image.Image:
+    """Reads a photograph as RGB, whatever its file's mode, as `resize_and_crop` does.
+
+    Args:
+        image: path of a file, an open binary file, a Pillow image, or an array of bytes, (height, width, 3) or
+            (height, width).
+
+    Returns:
+        A Pillow image in mode RGB.
+
+    Raises:
+        ValueError: on an array of another shape or type, pixels of unknown range (32-bit), or a file that is no image.
+        FileNotFoundError: where there is no such file.
+
+    Example:
+
+    >>> load_image(np.zeros((300, 400), "uint8")).mode
+    'RGB'
+    """
+    is_path = isinstance(image, str | os.PathLike)
+    if is_path or hasattr(image, "read"):
+        if is_path and not Path(image).is_file():
             raise FileNotFoundError(f"There is no image at {str(image)!r}.")
         try:
             with Image.open(image) as picture:
@@ -152,7 +171,8 @@ def _rgb(image):
         # Pillow's readers raise SyntaxError, RuntimeError and others on broken files.
         except Exception as error:
             told = str(error).rstrip(".") or type(error).__name__
-            raise ValueError(f"The file {str(image)!r} cannot be read as an image: {told}.") from error
+            name = f"The file {str(image)!r}" if is_path else "The data"
+            raise ValueError(f"{name} cannot be read as an image: {told}.") from error
     if isinstance(image, Image.Image):
         return _to_rgb(image)
     array = np.asarray(image)

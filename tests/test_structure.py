@@ -106,6 +106,7 @@ def test_the_public_names():
         "layers",
         "list_weights",
         "load_export",
+        "load_image",
         "load_weights",
         "preprocess_input",
         "quantize_aware",

@@ -1,14 +1,23 @@
 """`python -m training [RECIPE] [--field value ...]`."""
 
+import os
+import shlex
 import sys
 
 import tyro
 
 from training import memory
 from training.config import Config
-from training.recipes import digits
+from training.recipes import cifar10, digits, paper, torchvision, torchvision_v2, transfer
 
-RECIPES = {"digits": digits}
+RECIPES = {
+    "digits": digits,
+    "transfer": transfer,
+    "cifar10": cifar10,
+    "paper": paper,
+    "torchvision": torchvision,
+    "torchvision_v2": torchvision_v2,
+}
 DEFAULT = "digits"
 
 
@@ -30,9 +39,20 @@ def main() -> None:
     from training.train import run
 
     try:
-        run(config)
+        run(config, repeated(name, arguments))
     except (ValueError, ImportError) as error:
         sys.exit(f"{error}")
+
+
+def repeated(recipe: str, arguments: list[str]) -> str:
+    """The command that repeats a run, in a new folder."""
+    kept = list(arguments)
+    for flag in ("--run-dir", "--run_dir"):
+        if flag in kept:
+            del kept[kept.index(flag) : kept.index(flag) + 2]
+    kept = [word for word in kept if not word.startswith(("--run-dir=", "--run_dir="))]
+    backend = os.environ.get("KERAS_BACKEND")
+    return f"{f'KERAS_BACKEND={backend} ' if backend else ''}{shlex.join(['python', '-m', 'training', recipe, *kept])}"
 
 
 if __name__ == "__main__":

@@ -1,78 +1,206 @@
-"""Data sets as arrays of raw images, and the batches that training reads."""
+"""Data sets: TFDS, class folders and arrays, as three splits of images with labels."""
 
-import math
-from collections.abc import Callable
+import functools
+import io
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
 
+import keras_mnv2
+
 SPLIT_SEED = 0  # Of the split alone: it stays the same whatever the run's seed.
+HELD_OUT = 0.1  # Share of the training images that stands in for a validation or test split that is not there.
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
+# Records up to this many bytes of pixels are decoded once and kept.
+IN_MEMORY = 2**30
+# Name, configuration and version.
+TFDS_NAME = re.compile(r"\w+(/[\w-]+)?(:\d+\.\d+\.\d+)?")
 
 
-@dataclass(frozen=True)
 class Split:
-    """Images (batch, height, width, channels) with values 0..255, and their labels (batch, classes), one-hot."""
+    """Images and their labels, by number. `split[i]` is (image, label): a Pillow image or an array, and an integer."""
 
-    images: np.ndarray
-    labels: np.ndarray
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """What messages call image `i`."""
+        return f"image {i}"
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """The labels of all images, (number,)."""
+        return np.array([self[i][1] for i in range(len(self))])
+
+
+class ArraySplit(Split):
+    """Arrays: images (number, height, width, channels) of values 0..255, labels (number,) of whole numbers."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray):
+        self.images = images
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i], int(self.labels[i])
+
+
+class FileSplit(Split):
+    """Image files, read when they are asked for; one that cannot be read is a ValueError that names it."""
+
+    def __init__(self, paths: Sequence[Path], labels: np.ndarray):
+        self.paths = paths
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return keras_mnv2.load_image(self.paths[i]), int(self.labels[i])
+
+    def name(self, i):
+        return str(self.paths[i])
+
+
+class RecordSplit(Split):
+    """Records of a TFDS data source, whose images are still encoded."""
+
+    def __init__(self, source: Sequence[dict], image: str, label: str):
+        self.source = source
+        self.image = image
+        self.label = label
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        record = self.source[i]
+        return keras_mnv2.load_image(io.BytesIO(record[self.image])), int(record[self.label])
+
+    def name(self, i):
+        return f"record {i}"
+
+    @functools.cached_property
+    def labels(self):
+        return np.array([int(self.source[i][self.label]) for i in range(len(self))])
+
+
+class Subset(Split):
+    """Some images of another split."""
+
+    def __init__(self, split: Split, indices: np.ndarray):
+        self.split = split
+        self.indices = indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.split[int(self.indices[i])]
+
+    def name(self, i):
+        return self.split.name(int(self.indices[i]))
+
+    @functools.cached_property
+    def labels(self):
+        return self.split.labels[self.indices]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set's three parts and its class names."""
+    """A data set's three splits and its class names."""
 
     train: Split
     validation: Split
     test: Split
     class_names: tuple[str, ...]
 
+    def __post_init__(self):
+        if len(self.class_names) < 2:
+            raise ValueError(f"dataset must have at least two classes, got one, {self.class_names[0]!r}.")
 
-class Batches(keras.utils.PyDataset):
-    """Batches of a split in a new order each epoch, randomly changed if asked.
 
-    The changes are made here and not inside the model: compiled into the training step, XLA repeats
-    them for each use of the images (50 times slower on a CPU).
+def load(name: str, image_size: int, data_dir: str | os.PathLike | None = None, held_out: bool = True) -> Dataset:
+    """Loads a data set with its three splits: `read`, then `complete`."""
+    return complete(*read(name, image_size, data_dir), held_out)
+
+
+def read(
+    name: str, image_size: int, data_dir: str | os.PathLike | None = None
+) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """Reads the splits that a data set has, by the names `train`, `validation` and `test`, and its class names.
 
     Args:
-        split: images and labels.
-        batch_size: images a batch; the last one may be smaller.
-        seed: of the order; the order of an epoch is a function of the seed and the epoch's number.
-        change: from a batch of images to a changed one, or None.
-    """
-
-    def __init__(self, split: Split, batch_size: int, seed: int, change: Callable | None = None):
-        super().__init__()
-        self.split = split
-        self.batch_size = batch_size
-        self.seed = seed
-        self.change = change
-        self.epoch = -1
-        self.on_epoch_begin()
-
-    def __len__(self):
-        return math.ceil(len(self.split.labels) / self.batch_size)
-
-    def __getitem__(self, index):
-        part = self.order[index * self.batch_size : (index + 1) * self.batch_size]
-        images = self.split.images[part]
-        if self.change is not None:
-            images = keras.ops.convert_to_numpy(self.change(images))
-        return images, self.split.labels[part]
-
-    def on_epoch_begin(self):
-        self.epoch += 1
-        self.order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.split.labels))
-
-
-def load(name: str, image_size: int) -> Dataset:
-    """Loads a data set by name, scaled to `image_size` pixels a side.
+        name: `"digits"`, a folder of class folders, a `.npz` file, or a data set of TFDS such as `"tf_flowers"` or
+            `"cifar10:3.0.2"`. A folder may have `train`, `validation` and `test` folders of class folders. A `.npz`
+            file has `x_train`, `y_train` and may have `x_validation`, `y_validation`, `x_test`, `y_test`.
+        image_size: what the digits are scaled to; other images keep their size here.
+        data_dir: where TFDS keeps its data sets; by default `~/tensorflow_datasets`.
 
     Raises:
-        ValueError: where the name is not known.
+        ValueError: where the name is not known, or what it names is no data set of at least two classes.
+        ImportError: where TFDS is needed and missing.
     """
-    if name != "digits":
-        raise ValueError(f"dataset must be 'digits', got {name!r}.")
+    path = Path(name)
+    if name == "digits":
+        return _digits(image_size)
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file() and path.suffix == ".npz":
+        return _arrays(path)
+    if not TFDS_NAME.fullmatch(name):
+        raise ValueError(f"dataset must be a folder of class folders or a .npz file that exists, got {name!r}.")
+    return _tfds(name, data_dir)
+
+
+def from_arrays(
+    train: tuple[np.ndarray, np.ndarray],
+    validation: tuple[np.ndarray, np.ndarray] | None = None,
+    test: tuple[np.ndarray, np.ndarray] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """The splits and class names of arrays: images NHWC (or NHW, grey) of values 0..255, and labels (number,).
+
+    Raises:
+        ValueError: on arrays of another shape, images without labels, or labels out of range.
+    """
+    given = {"train": train, "validation": validation, "test": test}
+    largest = max((int(np.max(y)) for _, y in filter(None, given.values()) if np.size(y)), default=0)
+    names = tuple(class_names or map(str, range(largest + 1)))
+    found: dict[str, Split] = {}
+    for part, pair in given.items():
+        if pair is None:
+            continue
+        x, y = (np.asarray(array) for array in pair)
+        x = x[..., None] if x.ndim == 3 else x
+        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+        if x.ndim != 4 or y.ndim != 1 or len(x) != len(y) or not len(x):
+            raise ValueError(f"{part} must have images (number, height, width, channels) and as many labels, "
+                             f"got {x.shape} and {y.shape}.")  # fmt: skip
+        if x.dtype.kind == "f" and x.max() <= 1:
+            raise ValueError(f"{part} must have images with values 0..255, got none above {x.max():g}.")
+        if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(names):
+            wrong = y if y.dtype.kind not in "iu" else y[(y < 0) | (y >= len(names))]
+            raise ValueError(f"labels of {part} must be whole numbers from 0 to {len(names) - 1}, got {wrong[0]!r}.")
+        # Bytes, which are resized as photographs are.
+        whole = x if x.dtype == np.uint8 else np.clip(np.round(x), 0, 255).astype("uint8")
+        found[part] = ArraySplit(whole, y.astype("int64"))
+    return found, names
+
+
+def _digits(image_size):
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -82,6 +210,147 @@ def load(name: str, image_size: int) -> Dataset:
     indices = np.arange(len(images))
     rest, test = train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=SPLIT_SEED)
     train, validation = train_test_split(rest, test_size=0.125, stratify=digits.target[rest], random_state=SPLIT_SEED)
-    labels = keras.utils.to_categorical(digits.target)
-    parts = [Split(images[part], labels[part]) for part in (train, validation, test)]
-    return Dataset(*parts, class_names=tuple(map(str, digits.target_names)))
+    parts = [ArraySplit(images[part], digits.target[part]) for part in (train, validation, test)]
+    return dict(zip(SPLIT_NAMES, parts, strict=True)), tuple(map(str, digits.target_names))
+
+
+def _arrays(path):
+    with np.load(path, allow_pickle=False) as file:
+        pairs = {part: (f"x_{part}", f"y_{part}") for part in SPLIT_NAMES}
+        if not {"x_train", "y_train"} <= set(file):
+            raise ValueError(f"dataset must hold the arrays x_train and y_train, got {sorted(file)} in {str(path)!r}.")
+        return from_arrays(
+            **{part: (file[x], file[y]) for part, (x, y) in pairs.items() if x in file and y in file},
+        )
+
+
+def _folder(path):
+    folders = {entry.name: entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    parts = {part: folders[name] for part, names in SPLIT_NAMES.items() for name in names if name in folders}
+    if len(parts) < len(folders):
+        # Classes, some of which may have such names by chance.
+        parts = {"train": path}
+    class_names = _class_names(next(iter(parts.values()), path))
+    found = {part: _class_folders(folder, class_names) for part, folder in parts.items()}
+    return found, class_names
+
+
+def _class_names(folder):
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"dataset must be a folder of class folders, got {str(folder)!r}, which has none.")
+    return tuple(names)
+
+
+def _class_folders(folder, class_names):
+    found = _class_names(folder)
+    if unknown := set(found) - set(class_names):
+        raise ValueError(f"{str(folder)!r} must have the class folders of the first split, got {min(unknown)!r} too.")
+    paths, labels = [], []
+    for label, name in enumerate(class_names):
+        shown = (folder / name).rglob("*") if name in found else ()
+        own = sorted(p for p in shown if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        paths += own
+        labels += [label] * len(own)
+    if not paths:
+        raise ValueError(
+            f"dataset must have images ({', '.join(SUFFIXES)}) in its class folders, got none in {str(folder)!r}."
+        )
+    return FileSplit(paths, np.array(labels))
+
+
+def _tfds(name, data_dir):
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow_datasets":
+            raise
+        raise ImportError(
+            f"dataset must be 'digits', a folder of class folders or a .npz file, got {name!r}; names of TFDS need "
+            "pip install tensorflow-datasets."
+        ) from None
+    full_name = _prepared_version(name, Path(data_dir or tfds.core.constants.DATA_DIR))
+    try:
+        # Images stay encoded, so that threads decode them when they are wanted.
+        sources = tfds.data_source(full_name, data_dir=data_dir, decoders={"image": tfds.decode.SkipDecoding()})
+    except tfds.core.registered.DatasetNotFoundError:
+        raise ValueError(
+            f"dataset must be 'digits', a folder of class folders, a .npz file or a data set of TFDS, got {name!r}."
+        ) from None
+    except Exception as error:
+        # TFDS raises what its downloads and builders raise.
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"dataset {name!r} could not be prepared by TFDS: {told}") from error
+    features = next(iter(sources.values())).dataset_info.features
+    image = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    label = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    if len(image) != 1 or not label:
+        raise ValueError(f"dataset {name!r} must have one image and a class label a record, got {sorted(features)}.")
+    found = {
+        part: RecordSplit(sources[split], image[0], label[0])
+        for part, names in SPLIT_NAMES.items()
+        for split in names
+        if split in sources
+    }
+    shape = features[image[0]].shape
+    if None not in shape and sum(map(len, found.values())) * int(np.prod(shape)) <= IN_MEMORY:
+        found = {part: _decoded(split) for part, split in found.items()}
+    return found, tuple(features[label[0]].names)
+
+
+def _prepared_version(name, data_dir):
+    """The name with the newest version that lies prepared: TFDS would look for its own newest, in another format."""
+    if ":" in name or not (data_dir / name).is_dir():
+        return name
+    versions = [folder.name for folder in (data_dir / name).iterdir() if (folder / "features.json").is_file()]
+    numbers = [v for v in versions if all(part.isdigit() for part in v.split("."))]
+    return f"{name}:{max(numbers, key=lambda v: [int(part) for part in v.split('.')])}" if numbers else name
+
+
+def _decoded(split):
+    # Many records a call: one a call takes four times as long.
+    images, labels = [], []
+    for start in range(0, len(split), 1000):
+        for record in split.source.__getitems__(list(range(start, min(start + 1000, len(split))))):
+            images.append(np.asarray(keras_mnv2.load_image(io.BytesIO(record[split.image]))))
+            labels.append(int(record[split.label]))
+    return ArraySplit(np.stack(images), np.array(labels))
+
+
+def complete(found: dict[str, Split], class_names: tuple[str, ...], held_out: bool = True) -> Dataset:
+    """All three splits; what is missing is held out of the training images, class by class, or is the nearest other.
+
+    Args:
+        found: the splits that there are.
+        class_names: of the labels.
+        held_out: whether a tenth of the training images stands in for validation images that are missing. Otherwise
+            the test images do. Missing test images are the validation images where these are given, or held out too.
+
+    Raises:
+        ValueError: where there are no training images, or fewer than two classes.
+    """
+    if "train" not in found:
+        raise ValueError(f"dataset must have training images, got only {', '.join(found)}.")
+    splits = dict(found)
+    if "validation" not in splits and (held_out or "test" not in splits):
+        splits["train"], splits["validation"] = _divided(splits["train"])
+    if "test" not in splits:
+        if "validation" in found:
+            splits["test"] = splits["validation"]
+        else:
+            splits["train"], splits["test"] = _divided(splits["train"], HELD_OUT / (1 - HELD_OUT))
+    splits.setdefault("validation", splits["test"])
+    return Dataset(splits["train"], splits["validation"], splits["test"], class_names)
+
+
+def _divided(split, share=HELD_OUT):
+    """Two splits; the second has `share` of each class, at least one image of those that have two."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    second: list[int] = []
+    for label in np.unique(split.labels):
+        own = rng.permutation(np.flatnonzero(split.labels == label))
+        second += own[: max(1, round(share * len(own))) if len(own) > 1 else 0].tolist()
+    if not second:
+        raise ValueError("dataset must have two images of some class, so that one can be held out for validation.")
+    first = np.setdiff1d(np.arange(len(split)), second)
+    return Subset(split, first), Subset(split, np.sort(second))

@@ -19,6 +19,5 @@ CONFIG = Config(
     learning_rate=4e-3,
     weight_decay=0.01,
     label_smoothing=0.1,
-    dropout=0.2,
     shift=0.1,
 )

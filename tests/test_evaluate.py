@@ -1,0 +1,307 @@
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+import keras_mnv2
+from tests.helpers import randomise
+from training import evaluate
+
+COLOURS = {"blue": (20, 30, 200), "green": (30, 180, 40), "red": (210, 40, 30)}
+EACH = 6
+# Two stages, so that building and compiling is quick.
+TINY = {
+    "alpha": 0.35,
+    "weights": None,
+    "classes": 3,
+    "inverted_residual_setting": [(1, 16, 1, 1), (6, 24, 2, 2)],
+}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Six blocks of noisy colour a class in `test`, one of them a truncated file; two a class in `train`."""
+    folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for part, number in (("train", 2), ("test", EACH)):
+        for name, colour in COLOURS.items():
+            (folder / part / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.normal(colour, 60, (32, 32, 3)).clip(0, 255).astype("uint8")
+                Image.fromarray(pixels).resize((40, 36)).save(folder / part / name / f"{i}.png")
+    broken = folder / "test" / "green" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(photographs):
+    keras.utils.set_random_seed(0)
+    built = keras_mnv2.MobileNetV2((32, 32, 3), **TINY, include_preprocessing=True)
+    randomise(built, np.random.default_rng(0), images_of(photographs)[0])
+    return built
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.keras"
+    model.save(path)
+    return path
+
+
+def images_of(photographs):
+    """The readable test images and their labels, read without the training's code."""
+    how = keras_mnv2.Preprocessing(36, 32, crop_rounding="round")
+    images, labels = [], []
+    for label, name in enumerate(sorted(COLOURS)):
+        for i in range(EACH):
+            if (name, i) != ("green", 3):
+                images.append(keras_mnv2.resize_and_crop(photographs / "test" / name / f"{i}.png", how))
+                labels.append(label)
+    return np.stack(images).astype("float32"), np.array(labels)
+
+
+def right_share(model, photographs):
+    images, labels = images_of(photographs)
+    return float((model.predict(images, verbose=0).argmax(1) == labels).mean())
+
+
+def test_the_results_are_those_of_predict(model, saved, photographs, tmp_path):
+    found = evaluate.evaluate(saved, str(photographs), batch_size=4, out=tmp_path / "out")
+    images, labels = images_of(photographs)
+    scores = model.predict(images, verbose=0)
+    assert found["images"] == len(labels) == 3 * EACH - 1
+    assert found["image_size"] == 32
+    assert found["top1"] == pytest.approx((scores.argmax(1) == labels).mean())
+    assert 0 < found["top1"] < 1, "the test must tell right from wrong"
+    assert found["top5"] == 1
+    assert [row["images"] for row in found["per_class"]] == [EACH, EACH - 1, EACH]
+    assert found["images_per_second"] > 0
+    (broken,) = found["skipped"]
+    assert broken.endswith("green/3.png")
+
+    wrong = [m["image"] for m in found["mistakes"]]
+    assert len(wrong) == (scores.argmax(1) != labels).sum()
+    assert all(m["label"] != m["prediction"] and m["label"] in m["image"] for m in found["mistakes"])
+    files = {p.name for p in (tmp_path / "out").iterdir()}
+    assert files == {"results.json", "confusion.png", "mistakes.png", "scores.npy", "labels.npy"}
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+    assert np.load(tmp_path / "out" / "scores.npy") == pytest.approx(scores, abs=1e-5)
+    assert np.array_equal(np.load(tmp_path / "out" / "labels.npy"), labels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suffix", "format"), [(".tflite", "litert"), (".onnx", "onnx")])
+def test_an_exported_model_has_the_models_accuracy(suffix, format, model, photographs, tmp_path):
+    path = tmp_path / f"tiny{suffix}"
+    keras_mnv2.export(model, path, format, verbose=False)
+    found = evaluate.evaluate(path, str(photographs), batch_size=4)
+    assert found["image_size"] == 32
+    assert found["top1"] == pytest.approx(right_share(model, photographs))
+
+
+def write_onnx(path, side):
+    import onnx
+
+    shapes = (("image", ["batch", side, side, 3]), ("scores", ["batch", 3]))
+    image, scores = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape) for name, shape in shapes)
+    # With opset 17 the axes are an attribute.
+    node = onnx.helper.make_node("ReduceMean", ["image"], ["scores"], axes=[1, 2], keepdims=0)
+    graph = onnx.helper.make_graph([node], "means", [image], [scores])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+def write_saved_model(path, side):
+    import tensorflow as tf
+
+    module = tf.Module()
+    module.means = tf.function(
+        lambda image: {"scores": tf.reduce_mean(image, (1, 2))},
+        input_signature=[tf.TensorSpec((None, side, side, 3), tf.float32, name="image")],
+    )
+    tf.saved_model.save(module, str(path), signatures=module.means)
+
+
+def write_litert(path, side):
+    import tensorflow as tf
+
+    folder = path.with_name("for_litert")
+    write_saved_model(folder, side)
+    path.write_bytes(tf.lite.TFLiteConverter.from_saved_model(str(folder)).convert())
+
+
+def write_openvino(path, side):
+    import openvino
+    from openvino import opset13
+
+    image = opset13.parameter([-1, side or -1, side or -1, 3], np.float32, name="image")
+    mean = opset13.reduce_mean(image, np.array([1, 2]), keep_dims=False)
+    mean.output(0).get_tensor().set_names({"scores"})
+    openvino.save_model(openvino.Model([mean], [image]), path, compress_to_fp16=False)
+
+
+def write_torch(path, side):
+    import torch
+
+    class Means(torch.nn.Module):
+        def forward(self, image):
+            return image.mean((2, 3))
+
+    free = dict(enumerate([torch.export.Dim.DYNAMIC] * (1 if side else 4)))
+    free.pop(1, None)
+    image = torch.zeros(2, 3, side or 48, side or 48)
+    torch.export.save(torch.export.export(Means(), (image,), dynamic_shapes=(free,)), path)
+
+
+EXPORTS = {
+    "means.onnx": write_onnx,
+    "means": write_saved_model,
+    "means.tflite": write_litert,
+    "means.xml": write_openvino,
+    "means.pt2": write_torch,
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exported_files_are_run_in_their_own_runtimes(name, photographs, tmp_path):
+    """Their scores are the means of red, green and blue: those of the classes, in another order."""
+    EXPORTS[name](tmp_path / name, 32)
+    found = evaluate.evaluate(tmp_path / name, str(photographs), batch_size=4)
+    images, labels = images_of(photographs)
+    assert found["image_size"] == 32, "the file says which size it takes"
+    assert found["top1"] == pytest.approx((images.mean((1, 2)).argmax(1) == labels).mean())
+    assert found["top1"] == pytest.approx((EACH - 1) / (3 * EACH - 1)), "green alone is in its place"
+    scaled = evaluate.evaluate(tmp_path / name, str(photographs), scale="keras", out=tmp_path / "scaled")
+    expected = images.mean((1, 2)) / 127.5 - 1
+    assert np.load(tmp_path / "scaled" / "scores.npy") == pytest.approx(expected, abs=1e-4)
+    assert scaled["top1"] == found["top1"]
+
+
+@pytest.mark.parametrize("name", [name for name in EXPORTS if name != "means.tflite"])
+def test_files_that_take_any_size_need_one(name, photographs, tmp_path):
+    EXPORTS[name](tmp_path / name, None)
+    with pytest.raises(ValueError, match="image_size must be given"):
+        evaluate.evaluate(tmp_path / name, str(photographs))
+    assert evaluate.evaluate(tmp_path / name, str(photographs), image_size=40)["image_size"] == 40
+
+
+def test_a_model_that_does_not_scale_pixels_gets_them_scaled(model, photographs, tmp_path):
+    plain = keras_mnv2.MobileNetV2((32, 32, 3), **TINY)
+    plain.set_weights(model.get_weights())
+    plain.save(tmp_path / "plain.keras")
+    found = evaluate.evaluate(tmp_path / "plain.keras", str(photographs))
+    assert found["top1"] == pytest.approx(right_share(model, photographs))
+
+
+def test_the_test_images_of_digits_and_a_network_of_one_channel(tmp_path):
+    built = keras_mnv2.MobileNetV2((32, 32, 1), **TINY | {"classes": 10}, include_preprocessing=True)
+    built.save(tmp_path / "digits.keras")
+    found = evaluate.evaluate(tmp_path / "digits.keras", "digits", batch_size=128)
+    assert found["images"] == 360
+    assert found["skipped"] == {}
+
+
+def test_a_run_folder_knows_its_data_set(saved, photographs, tmp_path):
+    (tmp_path / "model.keras").write_bytes(saved.read_bytes())
+    settings = {"dataset": str(photographs), "image_size": 32, "resize": 34, "weights": None}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = evaluate.evaluate(tmp_path)
+    assert (found["dataset"], found["resize"]) == (str(photographs), 34)
+    assert evaluate.evaluate(tmp_path / "model.keras", resize=40)["resize"] == 40
+
+
+def test_a_file_of_weights(tmp_path):
+    built = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)
+    keras_mnv2.save_weights(built, tmp_path / "tiny.h5")
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(256, size=(9, 32, 32, 3), dtype="uint8"), np.arange(9) % 3
+    np.savez(tmp_path / "noise.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    found = evaluate.evaluate(tmp_path / "tiny.h5", str(tmp_path / "noise.npz"), image_size=32, alpha=0.35)
+    expected = built.predict(x / np.float32(127.5) - 1, verbose=0).argmax(1)
+    assert found["top1"] == pytest.approx((expected == y).mean())
+
+    top = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, include_top=False)
+    keras_mnv2.save_weights(top, tmp_path / "no_top.h5")
+    with pytest.raises(ValueError, match="has no classifier"):
+        evaluate.evaluate(tmp_path / "no_top.h5", str(tmp_path / "noise.npz"), image_size=32, alpha=0.35)
+
+
+def test_the_background_of_1001_classes_is_dropped(tmp_path, monkeypatch):
+    x, y = np.zeros((4, 32, 32, 3), "uint8"), np.array([0, 1, 2, 999])
+    np.savez(
+        tmp_path / "imagenet.npz", **{f"{v}_{part}": a for part in evaluate.SPLITS for v, a in (("x", x), ("y", y))}
+    )
+    scores = np.zeros((4, 1001), "float32")
+    scores[range(4), [1, 2, 3, 999]] = 1
+    network = evaluate.Network(lambda images: scores[: len(images)], 32, 3, False, "none")
+    monkeypatch.setattr(evaluate, "_load", lambda *arguments: network)
+    found = evaluate.evaluate("some", str(tmp_path / "imagenet.npz"), batch_size=4)
+    assert found["top1"] == 0.75
+    assert "The 4 least accurate of 1000 classes" in evaluate.text(found)
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "training.evaluate", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_the_command(model, saved, photographs, tmp_path):
+    done = command(saved, "--dataset", photographs, "--json", tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    share = right_share(model, photographs)
+    assert f"top-1 {share:.2%}, top-5 100.00%" in done.stdout
+    assert "| green |" in done.stdout
+    assert "1 images could not be read" in done.stdout
+    assert "3.png" in done.stdout
+    assert json.loads((tmp_path / "results.json").read_text())["top1"] == pytest.approx(share)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow is not loaded")
+def test_the_command_loads_pytorch_before_tensorflow(photographs, tmp_path):
+    write_torch(tmp_path / "means.pt2", 32)
+    done = command(tmp_path / "means.pt2", "--dataset", photographs)
+    assert done.returncode == 0, done.stderr
+    assert "means.pt2 (pt2) on 17 test images" in done.stdout
+
+
+def test_bad_inputs_end_in_one_sentence(saved, photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.keras").write_bytes(b"no model")
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    (tmp_path / "empty").mkdir()
+    save_file({"a": np.zeros(3)}, tmp_path / "other.safetensors")
+    free = keras_mnv2.MobileNetV2((None, None, 3), **TINY)
+    free.save(tmp_path / "free.keras")
+    data = ["--dataset", str(photographs)]
+    for arguments, message in (
+        ([saved], "dataset must be given"),
+        ([saved, "--dataset", "cats of mine"], "dataset must be"),
+        ([saved, "--dataset", "digits"], "dataset must have the classes of the model, which has 3, got 10"),
+        ([saved, *data, "--image-size", "64"], "image_size must be 32"),
+        ([saved, *data, "--batch-size", "0"], "batch_size must be at least 1"),
+        ([saved, *data, "--alpha", "1"], "alpha must be left out"),
+        (["free.keras", *data], "image_size must be given"),
+        (["broken.keras", *data], "cannot be loaded"),
+        (["broken.onnx", *data], "cannot be loaded"),
+        (["other.safetensors", *data], "other.safetensors"),
+        (["missing.tflite", *data], "There is no model"),
+        (["empty", *data], "model must be a run folder"),
+        (["torchvision/IMAGENET1K_V3", *data], "nearest names"),
+        (["keras/mobilenet_v2_1.0_224_no_top", *data], "model must have a classifier"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main([str(argument) for argument in arguments])
+        assert message in str(end.value)
+        assert "\n" not in str(end.value)
+    capsys.readouterr()
+
+
+def test_help_does_not_wait_for_a_backend():
+    code = "import sys; from training import evaluate; assert not {'keras', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

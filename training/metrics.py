@@ -1,0 +1,132 @@
+"""Numbers from scores: what an evaluation tells of a classifier."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Share of the images whose label is among the `k` largest scores; of equal scores the first class is the larger.
+
+    Args:
+        scores: (images, classes).
+        labels: (images,).
+        k: at least 1; all classes where there are fewer.
+    """
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return float((best == labels[:, None]).any(axis=1).mean())
+
+
+def confusion_matrix(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Counts of images, (classes, classes): rows are the labels, columns the largest score.
+
+    Args:
+        scores: (images, classes).
+        labels: (images,).
+    """
+    classes = scores.shape[1]
+    return np.bincount(labels * classes + scores.argmax(1), minlength=classes**2).reshape(classes, classes)
+
+
+def per_class(matrix: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Each class's images, accuracy and precision.
+
+    Args:
+        matrix: of `confusion_matrix`, (classes, classes).
+        class_names: in the order of the rows.
+
+    Returns:
+        Dicts with `name`, `images`, `accuracy` (recall: the share of its images that is found; None without images) and
+        `precision` (the share of its predictions that is right; None without predictions).
+    """
+    right, images, predictions = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    return [
+        {
+            "name": name,
+            "images": int(images[i]),
+            "accuracy": float(right[i] / images[i]) if images[i] else None,
+            "precision": float(right[i] / predictions[i]) if predictions[i] else None,
+        }
+        for i, name in enumerate(class_names)
+    ]
+
+
+def calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3), 0 to 1.
+
+    The sum over the bins of their share of the images times |accuracy - mean confidence|. Confidence is the largest of
+    the `probabilities`; bin m of M holds those in ((m - 1) / M, m / M].
+
+    Args:
+        scores: (images, classes).
+        labels: (images,).
+        bins: of equal width.
+    """
+    found = probabilities(scores)
+    confidence, right = found.max(axis=1), found.argmax(axis=1) == labels
+    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    # Share of the images times the difference of the means is the difference of the sums over all images.
+    differences = np.bincount(index, right - confidence, bins)
+    return float(np.abs(differences).sum() / len(labels))
+
+
+def probabilities(scores: np.ndarray) -> np.ndarray:
+    """The softmax of logits; scores that are probabilities already stay as they are.
+
+    They are where none is negative and each row's sum is 1 within 1e-3, or within half a step of 1/256 for each class:
+    8-bit files round their softmax to such steps.
+
+    Args:
+        scores: (images, classes).
+    """
+    scores = np.asarray(scores, "float64")
+    apart = np.abs(scores.sum(axis=1) - 1)
+    if (scores >= 0).all() and (scores <= 1 + 1e-3).all() and (apart <= max(1e-3, scores.shape[1] / 512)).all():
+        return scores
+    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def worst_mistakes(scores: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
+    """Indices of at most `number` images that are classified wrongly, those with the largest probability first.
+
+    Args:
+        scores: (images, classes).
+        labels: (images,).
+        number: of images.
+    """
+    found = probabilities(scores)
+    wrong = np.flatnonzero(found.argmax(axis=1) != labels)
+    return wrong[np.argsort(-found[wrong].max(axis=1), kind="stable")][:number]
+
+
+def measures(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:
+    """`images`, `top1`, `top5`, `calibration_error` and `per_class` of scores (images, classes), as JSON takes them."""
+    return {
+        "images": len(labels),
+        "top1": top_k(scores, labels, 1),
+        "top5": top_k(scores, labels, 5),
+        "calibration_error": calibration_error(scores, labels),
+        "per_class": per_class(confusion_matrix(scores, labels), class_names),
+    }
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table, with columns of even width: the first to the left, the others to the right; None is empty."""
+    lines = [
+        ["" if cell is None else str(cell).replace("|", r"\|").replace("\n", " ") for cell in row]
+        for row in (headings, *rows)
+    ]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines.insert(1, rule)
+    return "\n".join(
+        "| "
+        + " | ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        + " |"
+        for line in lines
+    )

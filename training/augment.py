@@ -121,7 +121,7 @@ def pad_and_crop(images: np.ndarray, pad: int, rng: np.random.Generator) -> np.n
 
 
 def change_batch(images: np.ndarray, labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A batch changed by padded crops, and by Keras's layers: flips, shifts, erased rectangles, mixup, cutmix.
+    """A batch changed by padded crops and flips, and by Keras's layers: shifts, erased rectangles, mixup, cutmix.
 
     The layers are made anew from `seed` for each batch, in about a millisecond: the result depends on nothing else, and
     threads share nothing.
@@ -138,6 +138,10 @@ def change_batch(images: np.ndarray, labels: np.ndarray, config: Config, seed: i
     rng = np.random.default_rng(seed)
     if config.pad:
         images = pad_and_crop(images, config.pad, rng)
+    if config.flip:
+        # Keras's RandomFlip takes 7 to 27 ms for 16 images of 224 pixels.
+        mirrored = rng.random(len(images)) < 0.5
+        images = np.stack([image[:, ::-1] if m else image for image, m in zip(images, mirrored, strict=True)])
     makers = _batch_layers(config, rng)
     if not makers:
         return images, labels
@@ -166,8 +170,6 @@ def _batch_layers(config: Config, rng: np.random.Generator) -> list[tuple[Callab
             (layers.RandomRotation, {"factor": config.shift / 4, **edge}),
             (layers.RandomZoom, {"height_factor": config.shift, **edge}),
         ]
-    if config.flip:
-        makers.append((layers.RandomFlip, {"mode": "horizontal"}))
     if config.erase:
         # The range of areas is Zhong et al.'s, as in torchvision.
         shape = {"factor": (config.erase, config.erase), "scale": (0.02, 0.33)}

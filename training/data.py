@@ -193,7 +193,7 @@ def from_arrays(
             raise ValueError(f"{part} must have images with values 0..255, got none above {x.max():g}.")
         if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(names):
             wrong = y if y.dtype.kind not in "iu" else y[(y < 0) | (y >= len(names))]
-            raise ValueError(f"labels of {part} must be whole numbers from 0 to {len(names) - 1}, got {wrong[0]!r}.")
+            raise ValueError(f"labels of {part} must be whole numbers from 0 to {len(names) - 1}, got {wrong[0]}.")
         # Bytes, which are resized as photographs are.
         whole = x if x.dtype == np.uint8 else np.clip(np.round(x), 0, 255).astype("uint8")
         found[part] = ArraySplit(whole, y.astype("int64"))
@@ -332,7 +332,7 @@ def complete(found: dict[str, Split], class_names: tuple[str, ...], held_out: bo
     if "train" not in found:
         raise ValueError(f"dataset must have training images, got only {', '.join(found)}.")
     splits = dict(found)
-    if "validation" not in splits and (held_out or "test" not in splits):
+    if "validation" not in splits and held_out:
         splits["train"], splits["validation"] = _divided(splits["train"])
     if "test" not in splits:
         if "validation" in found:

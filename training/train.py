@@ -224,7 +224,10 @@ def head_phase(
 
 def for_inference(model: keras.Model, size: int) -> keras.Model:
     """The trained network as a model that is not compiled, for images of `size`: no optimiser goes into its file."""
-    final = keras.models.clone_model(model, keras.Input((size, size, model.input.shape[-1]), name="image"))
+    config = model.get_config()
+    config["layers"][0]["config"]["batch_shape"] = (None, size, size, model.input.shape[-1])
+    # Not `clone_model`, which compiles its copy of a compiled model.
+    final = type(model).from_config(config)
     final.set_weights(model.get_weights())
     final.trainable = True
     return final

@@ -1,0 +1,40 @@
+"""The code of the documentation of training runs, on small photographs and weights."""
+
+import re
+from pathlib import Path
+
+import keras
+import numpy as np
+from PIL import Image
+
+import keras_mnv2
+
+PAGE = Path(__file__).parent.parent / "docs" / "transfer_learning.md"
+
+
+def test_the_transfer_script_learns(tmp_path, monkeypatch, rng):
+    for part, number in (("train", 8), ("validation", 4)):
+        for name, colour in (("blue", (20, 30, 200)), ("red", (210, 40, 30))):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.normal(colour, 40, (36, 40, 3)).clip(0, 255).astype("uint8")
+                Image.fromarray(pixels).save(tmp_path / "photos" / part / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    keras_mnv2.save_weights(
+        keras_mnv2.MobileNetV2((32, 32, 3), weights=None, padding="symmetric"), "w.safetensors", layout="torchvision"
+    )
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    line = 'FOLDER, WEIGHTS, SIZE = "photos", "torchvision/IMAGENET1K_V2", 224\n'
+    assert line in block
+    # The file's preprocessing is that of the checkpoint.
+    block = block.replace(line, 'FOLDER, WEIGHTS, SIZE = "photos", "torchvision/IMAGENET1K_V2", 32\n')
+    block = block.replace("(SIZE, SIZE, 3), weights=WEIGHTS", '(SIZE, SIZE, 3), weights="w.safetensors"')
+    names: dict = {}
+    exec(compile(block, str(PAGE), "exec"), names)
+    model = keras.models.load_model("photos.keras", compile=False)
+    scores = model.predict(names["validation"], verbose=0)
+    assert scores.shape == (8, 2)
+    np.testing.assert_allclose(scores.sum(1), 1, atol=1e-5)
+    frozen = {layer.name for layer in names["backbone"].layers if not layer.trainable}
+    assert {"stem", "block_0", "block_11"} <= frozen
+    assert not {"block_12", "head"} & frozen

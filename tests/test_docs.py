@@ -21,14 +21,16 @@ def test_the_transfer_script_learns(tmp_path, monkeypatch, rng):
                 Image.fromarray(pixels).save(tmp_path / "photos" / part / name / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     keras_mnv2.save_weights(
-        keras_mnv2.MobileNetV2((32, 32, 3), weights=None, padding="symmetric"), "w.safetensors", layout="torchvision"
+        keras_mnv2.MobileNetV2((32, 32, 3), 0.35, weights=None, padding="symmetric"),
+        "w.safetensors",
+        layout="torchvision",
     )
     (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     line = 'FOLDER, WEIGHTS, SIZE = "photos", "torchvision/IMAGENET1K_V2", 224\n'
     assert line in block
     # The file's preprocessing is that of the checkpoint.
     block = block.replace(line, 'FOLDER, WEIGHTS, SIZE = "photos", "torchvision/IMAGENET1K_V2", 32\n')
-    block = block.replace("(SIZE, SIZE, 3), weights=WEIGHTS", '(SIZE, SIZE, 3), weights="w.safetensors"')
+    block = block.replace("(SIZE, SIZE, 3), weights=WEIGHTS", '(SIZE, SIZE, 3), 0.35, weights="w.safetensors"')
     names: dict = {}
     exec(compile(block, str(PAGE), "exec"), names)
     model = keras.models.load_model("photos.keras", compile=False)

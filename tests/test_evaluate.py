@@ -214,6 +214,13 @@ def test_a_run_folder_knows_its_data_set(saved, photographs, tmp_path):
     assert evaluate.evaluate(tmp_path / "model.keras", resize=40)["resize"] == 40
 
 
+def test_all_images_of_a_folder_without_parts(saved, photographs):
+    found = evaluate.evaluate(saved, str(photographs / "test"), split="all", batch_size=4)
+    assert found["images"] == 3 * EACH - 1
+    with pytest.raises(ValueError, match="split must be one of train, test for"):
+        evaluate.evaluate(saved, str(photographs), split="all")
+
+
 def test_a_file_of_weights(tmp_path):
     built = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)
     keras_mnv2.save_weights(built, tmp_path / "tiny.h5")

@@ -40,7 +40,7 @@ def main() -> None:
 
     try:
         run(config, repeated(name, arguments))
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"{error}")
 
 

@@ -68,10 +68,12 @@ def run(config: Config, command: str = "") -> dict:
         history = fit(model, config, train, validation, config.epochs, class_weight, run_dir)
     fit_seconds = time.perf_counter() - start
     model = for_inference(model, evaluation_size)
+    # Before the test: its images may have faults that end the run.
+    model.save(run_dir / "part.keras")
+    os.replace(run_dir / "part.keras", run_dir / "model.keras")
     scores, labels = read_scores(model.predict_on_batch, test)
     found["test_accuracy"] = metrics.top_k(scores, labels, 1)
     print(f"test accuracy {found['test_accuracy']:.2%} on {len(labels)} images")
-    model.save(run_dir / "model.keras")
     if config.saved_model:
         sample = test[0][0][:SAMPLE]
         report = keras_mnv2.export(model, run_dir / "saved_model", labels=dataset.class_names, sample=sample)

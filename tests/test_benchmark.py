@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import randomise, relative_difference
-from training import benchmark, exports, peers, report, turns
+from training import benchmark, contenders, exports, peers, report, turns
 from training.contenders import PEERS
 from training.peers import Spec
 
@@ -51,6 +51,12 @@ def test_the_command_measures_and_leaves_table_json_and_chart(tmp_path):
             assert 0 < row["import_seconds"] < row["build_seconds"]
         else:
             assert row["ratios"]["train_on_batch"] > 0
+
+
+def test_a_training_step_gives_no_number_that_could_be_taken_for_its_seconds(tmp_path):
+    spec = Spec("keras_mnv2", BACKEND, "training", 0.35, 32, 2, fold=False, folder=str(tmp_path))
+    model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(1000)])
+    assert contenders.keras_call(model, spec)() is None
 
 
 def test_growth_is_measured_in_a_process_a_point(monkeypatch):

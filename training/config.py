@@ -100,7 +100,7 @@ class Config:
     run_dir: Path | None = None
     """Folder for the results, new or empty; by default runs/RECIPE-BACKEND-TIME."""
     tensorboard: bool = False
-    """Whether to write TensorBoard's files into `tensorboard/`, which needs TensorFlow."""
+    """Whether to write TensorBoard's files into `tensorboard/`, which needs TensorFlow and TensorBoard."""
     saved_model: bool = True
     """Whether to export a SavedModel, which needs TensorFlow on every backend."""
     steps_per_epoch: int | None = None

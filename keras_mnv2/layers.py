@@ -339,8 +339,7 @@ class InvertedResidual(_Block):
         if training or self.return_expansion or None in sides:
             return self._transform(inputs, training)
         hidden = self.depthwise.filters * math.prod(sides)
-        variables = [self.project.kernel] if self.trainable else []
-        return ops.block_in_chunks(lambda x: self._transform(x, training), inputs, hidden, variables)
+        return ops.block_in_chunks(lambda x: self._transform(x, training), inputs, hidden)
 
     def _transform(self, inputs, training):
         # `conv.call`, not `conv()`: the bookkeeping of a layer call costs an eager backend about 0.1 ms.

@@ -50,7 +50,7 @@ class Network(keras.Model):
         if training or mask is not None or not hasattr(inputs, "shape") or None in inputs.shape[1:]:
             return run(inputs)
         # At alpha 1.0 the widest tensor, the expansion of block_1, has eight times the numbers of the image.
-        return ops.network_in_chunks(run, inputs, 8 * math.prod(inputs.shape[1:]), self.trainable_variables[-1:])
+        return ops.network_in_chunks(run, inputs, 8 * math.prod(inputs.shape[1:]))
 
 
 def MobileNetV2(

@@ -151,6 +151,16 @@ def test_arrays_of_another_size_are_resized_with_their_channels(channels):
     assert (images == 90).all()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photographs_changes_keep_an_arrays_channels(channels):
+    config = dataclasses.replace(CONFIG, crop_area=0.5, trivial_augment=True)
+    split = data.ArraySplit(np.full((4, 28, 28, channels), 90, "uint8"), np.arange(4) % 2)
+    batches = training_batches(split, 2, config)
+    assert batches[0][0].shape == (4, 32, 32, channels)
+    assert batches.image_shape == (32, 32, channels)
+    assert not batches.unreadable
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -37,6 +37,12 @@ def test_the_transfer_script_learns(tmp_path, monkeypatch, rng):
     scores = model.predict(names["validation"], verbose=0)
     assert scores.shape == (8, 2)
     np.testing.assert_allclose(scores.sum(1), 1, atol=1e-5)
+    # The statistics are still those that the file has.
+    statistics = [weight for weight in names["backbone"].weights if weight.name.startswith("moving_")]
+    assert len(statistics) == 104
+    for weight in statistics:
+        kept = keras.ops.convert_to_numpy(weight)
+        np.testing.assert_array_equal(kept, np.full(kept.shape, float(weight.name == "moving_variance")))
     frozen = {layer.name for layer in names["backbone"].layers if not layer.trainable}
     assert {"stem", "block_0", "block_11"} <= frozen
     assert not {"block_12", "head"} & frozen

@@ -268,7 +268,6 @@ def test_the_command(model, saved, photographs, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["top1"] == pytest.approx(share)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow is not loaded")
 def test_the_command_loads_pytorch_before_tensorflow(photographs, tmp_path):
     write_torch(tmp_path / "means.pt2", 32)
     done = command(tmp_path / "means.pt2", "--dataset", photographs)

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
+import keras_mnv2
 from training.config import Config
 
 # Torchvision's and Inception's: ratio of the sides of a random crop, and tries before the centre is taken.
@@ -38,13 +39,24 @@ def change_image(image: Any, config: Config, rng: np.random.Generator) -> np.nda
     Returns:
         An array (image_size, image_size, channels).
     """
-    if config.crop_area is not None or config.trivial_augment:
-        image = _picture(image)
+    if config.crop_area is None and not config.trivial_augment:
+        return np.asarray(image)
+    picture = picture_of(image)
     if config.crop_area is not None:
-        image = random_crop(image, config.image_size, config.crop_area, rng)
+        picture = random_crop(picture, config.image_size, config.crop_area, rng)
     if config.trivial_augment:
-        image = trivial_augment(image, rng)
-    return np.asarray(image)
+        picture = trivial_augment(picture, rng)
+    return np.asarray(picture)[..., : channels_of(image)]
+
+
+def picture_of(image: Any) -> Image.Image:
+    """A Pillow image, or an array of bytes (height, width, 1 or 3), as a Pillow image in RGB."""
+    return keras_mnv2.load_image(image[..., 0] if channels_of(image) == 1 else image)
+
+
+def channels_of(image: Any) -> int:
+    """The channels that an image has to keep: an array's own, and 3 of a photograph."""
+    return image.shape[-1] if isinstance(image, np.ndarray) else 3
 
 
 def random_crop(picture: Image.Image, size: int, smallest: float, rng: np.random.Generator) -> Image.Image:
@@ -180,7 +192,3 @@ def _batch_layers(config: Config, rng: np.random.Generator) -> list[tuple[Callab
     if mixers:
         makers.append(mixers[rng.integers(len(mixers))])
     return makers
-
-
-def _picture(image):
-    return image if isinstance(image, Image.Image) else Image.fromarray(image)

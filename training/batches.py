@@ -125,8 +125,17 @@ class Batches(keras.utils.PyDataset):
         import tensorflow as tf
 
         # Keras would prefetch from a generator, and `waited` would be the time that its reader waits, not the training.
-        shapes = [tf.TensorSpec((None, *array.shape[1:]), tf.float32) for array in self[0]]
+        shapes = [tf.TensorSpec((None, *shape), tf.float32) for shape in (self.image_shape, (self.classes,))]
         return tf.data.Dataset.from_generator(lambda: self.stream(epoch), output_signature=tuple(shapes))
+
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the images."""
+        return self[0][0].shape[1:]
+
+    def readable(self) -> list[int]:
+        """The numbers of the split's images that an ordered reading gave."""
+        return [i for i in range(len(self.split)) if self.split.name(i) not in self.unreadable]
 
     def told(self) -> str:
         """One line that names the images that could not be read; empty where there are none."""
@@ -209,11 +218,7 @@ def resized(image: Any, how: keras_mnv2.Preprocessing, size: int) -> np.ndarray:
     """The centre of a photograph, `size` pixels a side; an array that has this size stays as it is."""
     if isinstance(image, np.ndarray) and image.shape[:2] == (size, size):
         return image
-    if not isinstance(image, np.ndarray):
-        return keras_mnv2.resize_and_crop(image, how, size)
-    grey = image.shape[-1] == 1
-    found = keras_mnv2.resize_and_crop(image[..., 0] if grey else image, how, size)
-    return found[..., :1] if grey else found
+    return keras_mnv2.resize_and_crop(augment.picture_of(image), how, size)[..., : augment.channels_of(image)]
 
 
 def workers(config: Config) -> int:

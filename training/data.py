@@ -1,5 +1,6 @@
 """Data sets: TFDS, class folders and arrays, as three splits of images with labels."""
 
+import abc
 import functools
 import io
 import os
@@ -24,14 +25,14 @@ IN_MEMORY = 2**30
 TFDS_NAME = re.compile(r"\w+(/[\w-]+)?(:\d+\.\d+\.\d+)?")
 
 
-class Split:
+class Split(abc.ABC):
     """Images and their labels, by number. `split[i]` is (image, label): a Pillow image or an array, and an integer."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, i: int) -> tuple[Any, int]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __getitem__(self, i: int) -> tuple[Any, int]: ...
 
     def name(self, i: int) -> str:
         """What messages call image `i`."""

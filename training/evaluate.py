@@ -399,8 +399,7 @@ def _first_scores(network, size, batch_size):
 
 
 def _mistakes(scores, labels, class_names, ordered):
-    names = (ordered.split.name(i) for i in range(len(ordered.split)))
-    kept = [name for name in names if name not in ordered.unreadable]
+    kept = [ordered.split.name(i) for i in ordered.readable()]
     found = metrics.probabilities(scores)
     return [
         {

@@ -49,7 +49,7 @@ def run(config: Config, command: str = "") -> dict:
     classes = len(dataset.class_names)
     train = training_batches(dataset.train, classes, config)
     validation, test = (evaluation_batches(split, classes, config) for split in (dataset.validation, dataset.test))
-    channels = train[0][0].shape[-1]
+    channels = train.image_shape[-1]
     size, evaluation_size = config.image_size, config.evaluation_size or config.image_size
     model = build_model(config, classes, channels, size if size == evaluation_size else None)
     run_dir = make_run_dir(config)
@@ -65,7 +65,7 @@ def run(config: Config, command: str = "") -> dict:
         transfer.freeze(model, config.unfreeze_from)
     history: dict[str, list[float]] = {}
     if config.epochs:
-        history = fit(model, config, train, validation, config.epochs, class_weight, run_dir)
+        history = fit(model, config, train, validation, class_weight, run_dir / "history.csv")
     fit_seconds = time.perf_counter() - start
     model = for_inference(model, evaluation_size)
     # Before the test: its images may have faults that end the run.
@@ -165,18 +165,17 @@ def fit(
     config: Config,
     train: Batches,
     validation: Batches,
-    epochs: int,
     class_weight: dict[int, float] | None,
-    run_dir: Path,
+    path: Path,
 ) -> dict[str, list[float]]:
-    """Compiles and trains, and gives the history; `history.csv` has a line an epoch."""
+    """Compiles and trains, and gives the history, of which the CSV file `path` gets a line an epoch."""
     steps = config.steps_per_epoch or len(train)
     compile_model(model, config, steps)
     callbacks: list[keras.callbacks.Callback] = []
     if config.ema is not None:
         # First: what follows sees the average.
         callbacks.append(keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
-    callbacks += [Progress(train, epochs, steps), keras.callbacks.CSVLogger(run_dir / "history.csv")]
+    callbacks += [Progress(train, config.epochs, steps), keras.callbacks.CSVLogger(path)]
     if config.early_stopping:
         callbacks.append(
             keras.callbacks.EarlyStopping(
@@ -184,11 +183,11 @@ def fit(
             )
         )
     if config.tensorboard:
-        callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard", write_graph=False))
+        callbacks.append(keras.callbacks.TensorBoard(path.parent / "tensorboard" / path.stem, write_graph=False))
     history = model.fit(
         train.for_fit(),
         steps_per_epoch=steps,
-        epochs=epochs,
+        epochs=config.epochs,
         shuffle=False,  # Keras warns of a generator that it cannot shuffle.
         validation_data=validation,
         class_weight=class_weight,
@@ -216,8 +215,7 @@ def head_phase(
     else:
         transfer.freeze(model, "predictions")
         alone = dataclasses.replace(config, learning_rate=config.head_learning_rate, epochs=config.head_epochs)
-        fit(model, alone, train, validation, config.head_epochs, class_weight, run_dir)
-        os.replace(run_dir / "history.csv", run_dir / "head_history.csv")
+        fit(model, alone, train, validation, class_weight, run_dir / "head_history.csv")
     seconds = time.perf_counter() - start
     accuracy = metrics.top_k(*read_scores(model.predict_on_batch, test), 1)
     print(f"head alone: test accuracy {accuracy:.2%}, {duration(seconds)}")
@@ -254,20 +252,14 @@ def quantize(
     calibration = np.concatenate([ordered[i][0] for i in range(min(len(ordered), -(-500 // config.batch_size)))])
     aware = keras_mnv2.quantize_aware(model)
     again = dataclasses.replace(
-        config, learning_rate=config.quantize_learning_rate, epochs=config.quantize_epochs, schedule="cosine", ema=None
+        config,
+        learning_rate=config.quantize_learning_rate,
+        epochs=config.quantize_epochs,
+        schedule="cosine",
+        ema=None,
+        early_stopping=0,
     )
-    steps = config.steps_per_epoch or len(train)
-    compile_model(aware, again, steps)
-    epochs = config.quantize_epochs
-    aware.fit(
-        train.for_fit(),
-        steps_per_epoch=steps,
-        epochs=epochs,
-        shuffle=False,
-        validation_data=validation,
-        callbacks=[Progress(train, epochs, steps)],
-        verbose=0,
-    )
+    fit(aware, again, train, validation, None, run_dir / "quantize_history.csv")
     accuracies = {}
     for name, source, options in (
         ("float32", model, {}),
@@ -287,7 +279,7 @@ def draw(scores: np.ndarray, labels: np.ndarray, test: Batches, class_names: tup
     """Draws the confusion matrix, and the test images that were most surely taken for another class."""
     pictures.draw_confusion(metrics.confusion_matrix(scores, labels), class_names, run_dir / "confusion.png")
     probabilities = metrics.probabilities(scores)
-    readable = [i for i in range(len(test.split)) if test.split.name(i) not in test.unreadable]
+    readable = test.readable()
     images, titles = [], []
     for i in metrics.worst_mistakes(probabilities, labels, MISTAKES):
         image = test.prepare(test.split[readable[i]][0], np.random.default_rng(0))

@@ -1,6 +1,6 @@
 """The operations written with `keras.ops`: right on every backend, and the reference for the fast ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -21,19 +21,18 @@ def calls_directly(x: Any, dtype: str) -> bool:
     return False
 
 
-def block_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int, variables: Sequence[Any] = ()) -> Any:
-    """Gives `function(x)`, without gradients computed for some images at a time where that is faster.
+def block_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int) -> Any:
+    """Gives `function(x)`, in inference computed for some images at a time where that is faster.
 
     Args:
         function: from images to images.
         x: images; the first axis is the batch.
         hidden_size: the most numbers that `function` holds for one image.
-        variables: some that have gradients where any that `function` reads has them.
     """
     return function(x)
 
 
-def network_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int, variables: Sequence[Any] = ()) -> Any:
+def network_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int) -> Any:
     """Like `block_in_chunks`, for the network as a whole; `function` may give several tensors."""
     return function(x)
 

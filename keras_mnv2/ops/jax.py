@@ -24,18 +24,13 @@ batch_normalization = default.batch_normalization
 # Of hidden activations: two images of alpha 1.0 at 224x224. The memory that XLA takes for a call is then below
 # the 32 MB from which glibc maps and unmaps it each time: 200 images/s where whole batches of 32 gave 130 to 160.
 CHUNK_BYTES = 10e6
-# The tracers of a value whose gradient is wanted; JAX has no public test for it.
-DIFFERENTIATED = ("JVPTracer", "LinearizeTracer")
 
 
-def block_in_chunks(function, x, hidden_size, variables=()):
+def block_in_chunks(function, x, hidden_size):
     """See `keras_mnv2.ops.default.block_in_chunks`."""
     # Only where it is compiled: in eager mode the loop would be compiled again at each call.
     traced = isinstance(x, jax.core.Tracer) and isinstance(x.shape[0], int)
     if not (traced and _on_cpu() and keras.distribution.distribution() is None):
-        return function(x)
-    # Fine-tuning with `backbone(x, training=False)`: the loop's gradients take twice the time of the whole batch's.
-    if any(type(value).__name__ in DIFFERENTIATED for value in (x, *(variable.value for variable in variables))):
         return function(x)
     most = max(1, int(CHUNK_BYTES / (hidden_size * x.dtype.itemsize)))
     if most >= x.shape[0]:

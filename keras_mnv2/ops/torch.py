@@ -34,7 +34,7 @@ def lay_out_kernel(kernel):
     kernel.value.data = kernel.value.data.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
 
 
-def block_in_chunks(function, x, hidden_size, variables=()):
+def block_in_chunks(function, x, hidden_size):
     """See `keras_mnv2.ops.default.block_in_chunks`."""
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)

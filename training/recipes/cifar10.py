@@ -4,7 +4,9 @@ SGD with Nesterov momentum and a cosine, padded crops and flips; all 50,000 trai
 images, which decide nothing, are the validation.
 
 Command: `python -m training cifar10 --data-dir DIR`.
-Expected: above the 94.43 % that pytorch-cifar reports for this network.
+Expected: the aim is above the 94.43 % that pytorch-cifar reports for this network.
+Measured, on a JPEG copy: 90.16 % in 7 minutes on an NVIDIA H200 (PyTorch, 55 epochs of batches of 512 at 0.4), 81.37 %
+in 36 minutes on two x86 cores (TensorFlow, 5 epochs). The 200 epochs were not run.
 """
 
 from training.config import Config

@@ -2,6 +2,8 @@
 
 Command: `python -m training transfer --dataset FOLDER`, with a folder of class folders; `--weights` takes any
 published checkpoint or a file.
+Measured on 3,068 photographs of clothes in 10 classes, two x86 cores: 86 % with the head after 41 seconds, 91 to 92 %
+fine-tuned after 6 to 8 minutes, on each backend.
 """
 
 from training.config import Config

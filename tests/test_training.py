@@ -13,11 +13,14 @@ from PIL import Image
 import keras_mnv2
 from tests.golden import record_losses
 from tests.helpers import note, relative_difference
-from training import data, memory, schedules, train, transfer
+from training import data, engines, fitting, memory, run_folder, schedules, train, transfer
 from training.__main__ import RECIPES, main, repeated
 from training.batches import evaluation_batches, read_scores, training_batches
+from training.checkpoints import Folder
 from training.config import Config
 from training.progress import duration
+from training.stopping import Stop
+from training.workers import Workers
 
 TINY = ["--epochs", "2", "--alpha", "0.1", "--stem-stride", "2"]
 # Three stages, so that compiling is quick.
@@ -136,7 +139,7 @@ def test_weight_decay_is_a_gradient_of_the_kernels_alone(photographs):
         config = small("paper", photographs, weight_decay=decay, optimizer="sgd", learning_rate=0.5)
         model = small_model(dropout=0)
         before = [(variable.name, keras.ops.convert_to_numpy(variable)) for variable in model.trainable_variables]
-        train.compile_model(model, config, steps=10)
+        fitting.compile_model(model, config, steps=10)
         model.train_on_batch(images, labels)
         after[decay] = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
     for (name, start), without, decayed in zip(before, after[0.0], after[0.1], strict=True):
@@ -148,7 +151,7 @@ def test_weight_decay_is_a_gradient_of_the_kernels_alone(photographs):
 def test_the_average_of_the_weights_is_what_is_left(photographs):
     config = small("torchvision", photographs, ema=0.75, learning_rate=0.05, weight_decay=0.0)
     model = small_model()
-    train.compile_model(model, config, steps=4)
+    fitting.compile_model(model, config, steps=4)
     dataset = data.load(str(photographs), 32)
     batches = training_batches(dataset.train, 3, config)
     seen = []
@@ -176,13 +179,14 @@ def test_the_average_of_the_weights_is_what_is_left(photographs):
         assert relative_difference(keras.ops.convert_to_numpy(found), expected) < 1e-4
 
 
-def test_the_head_gives_the_model_what_it_gave_on_its_features(photographs, weights):
+def test_the_head_gives_the_model_what_it_gave_on_its_features(photographs, weights, tmp_path):
     config = small("transfer", photographs, weights=weights, head_epochs=20, head_learning_rate=0.05)
     dataset = data.load(str(photographs), 32)
     ordered, validation = (evaluation_batches(split, 3, config) for split in (dataset.train, dataset.validation))
     model = train.build_model(config, 3, 3, 32)
     before = model.get_layer("head").get_weights()
-    history = transfer.train_head(model, ordered, validation, config, train.balanced(dataset.train.labels, 3))
+    run = fitting.Run(config, tmp_path, engines.alone(), Workers(), Stop(), Folder(tmp_path))
+    history = transfer.train_head(run, model, ordered, validation, train.balanced(dataset.train.labels, 3))
     best = int(np.argmin(history["val_loss"]))
     scores, labels = read_scores(model.predict_on_batch, validation)
     assert (scores.argmax(1) == labels).mean() == pytest.approx(history["val_accuracy"][best])
@@ -375,8 +379,8 @@ def test_a_checkpoint_that_cannot_be_had_ends_in_one_sentence(photographs, monke
 
 
 def test_json_files_are_moved_into_place(tmp_path):
-    train.write_json(tmp_path / "a.json", {"b": 1})
+    run_folder.write_json(tmp_path / "a.json", {"b": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(TypeError):
-        train.write_json(tmp_path / "a.json", {("not", "a key"): 1})
+        run_folder.write_json(tmp_path / "a.json", {("not", "a key"): 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}

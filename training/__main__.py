@@ -36,12 +36,16 @@ def main() -> None:
         args=arguments,
     )
     # After the parsing, so that --help does not wait for a backend.
+    from training.stopping import Stopped
     from training.train import run
 
     try:
         run(config, repeated(name, arguments))
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"{error}")
+    except Stopped as stopped:
+        print(f"\n{stopped}", file=sys.stderr, flush=True)
+        sys.exit(128 + stopped.signal)
 
 
 def repeated(recipe: str, arguments: list[str]) -> str:
@@ -50,7 +54,7 @@ def repeated(recipe: str, arguments: list[str]) -> str:
     for flag in ("--run-dir", "--run_dir"):
         if flag in kept:
             del kept[kept.index(flag) : kept.index(flag) + 2]
-    kept = [word for word in kept if not word.startswith(("--run-dir=", "--run_dir="))]
+    kept = [word for word in kept if not word.startswith(("--run-dir=", "--run_dir=")) and word != "--resume"]
     backend = os.environ.get("KERAS_BACKEND")
     return f"{f'KERAS_BACKEND={backend} ' if backend else ''}{shlex.join(['python', '-m', 'training', recipe, *kept])}"
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 import keras_mnv2
+from training import engines
 from training.config import Config
 
 # Torchvision's and Inception's: ratio of the sides of a random crop, and tries before the centre is taken.
@@ -114,8 +115,8 @@ def trivial_augment(picture: Image.Image, rng: np.random.Generator) -> Image.Ima
     return picture.transform(picture.size, Image.Transform.AFFINE, matrix)
 
 
-def pad_and_crop(images: np.ndarray, pad: int, rng: np.random.Generator) -> np.ndarray:
-    """A random window of each image with zeros around it (Krizhevsky 2010; He et al. 2016, section 4.2).
+def pad_and_crop(images: np.ndarray, pad: int, tops: np.ndarray, lefts: np.ndarray) -> np.ndarray:
+    """A window of each image with zeros around it (Krizhevsky 2010; He et al. 2016, section 4.2).
 
     Keras's RandomCrop cuts one place out of all images of a batch, and its RandomTranslation moves by fractions of a
     pixel, which blurs.
@@ -123,17 +124,19 @@ def pad_and_crop(images: np.ndarray, pad: int, rng: np.random.Generator) -> np.n
     Args:
         images: (batch, height, width, channels).
         pad: rows and columns of zeros on each side.
-        rng: where all that is random comes from.
+        tops: first row of each window, from 0 to twice `pad`.
+        lefts: first column.
     """
     count, height, width, _ = images.shape
     padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    tops, lefts = rng.integers(0, 2 * pad, (2, count), endpoint=True)
     rows, columns = tops[:, None] + np.arange(height), lefts[:, None] + np.arange(width)
     return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def change_batch(images: np.ndarray, labels: np.ndarray, config: Config, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """A batch changed by padded crops and flips, and by Keras's layers: shifts, erased rectangles, mixup, cutmix.
+def change_batch(
+    images: np.ndarray, labels: np.ndarray, config: Config, seed: int, first: int = 0, size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """A batch, or some rows of it, changed by padded crops and flips and by Keras's layers for the rest.
 
     The layers are made anew from `seed` for each batch, in about a millisecond: the result depends on nothing else, and
     threads share nothing.
@@ -143,26 +146,32 @@ def change_batch(images: np.ndarray, labels: np.ndarray, config: Config, seed: i
         labels: (batch, classes), one-hot.
         config: its `pad`, `shift`, `flip`, `erase`, `mixup` and `cutmix`.
         seed: of all that is random.
+        first: row of the batch that the first image is. Crops and flips are those that the whole batch would get;
+            Keras's layers draw for these rows alone.
+        size: images of the whole batch; by default those that are given.
 
     Returns:
         Images and labels of the same shapes.
     """
     rng = np.random.default_rng(seed)
+    rows, size = slice(first, first + len(images)), size or len(images)
     if config.pad:
-        images = pad_and_crop(images, config.pad, rng)
+        tops, lefts = rng.integers(0, 2 * config.pad, (2, size), endpoint=True)
+        images = pad_and_crop(images, config.pad, tops[rows], lefts[rows])
     if config.flip:
         # Keras's RandomFlip takes 7 to 27 ms for 16 images of 224 pixels.
-        mirrored = rng.random(len(images)) < 0.5
+        mirrored = rng.random(size)[rows] < 0.5
         images = np.stack([image[:, ::-1] if m else image for image, m in zip(images, mirrored, strict=True)])
-    makers = _batch_layers(config, rng)
+    own = np.random.default_rng((seed, first, 1))
+    makers = _batch_layers(config, own)
     if not makers:
         return images, labels
     # Where batches are made, on the CPU: compiled into the model's step on JAX it was 50 times as slow.
-    with keras.device("cpu"):
+    with engines.own_cpu():
         data = {"images": images.astype("float32"), "labels": labels.astype("float32")}
         # A seed each: with one for all, the images that are mirrored would be those that are erased.
-        for (make, arguments), own in zip(makers, rng.integers(2**31, size=len(makers)), strict=True):
-            layer = make(**arguments, seed=int(own), dtype="float32")
+        for (make, arguments), layer_seed in zip(makers, own.integers(2**31, size=len(makers)), strict=True):
+            layer = make(**arguments, seed=int(layer_seed), dtype="float32")
             # Only the mixing layers know of labels.
             if make in (keras.layers.MixUp, keras.layers.CutMix):
                 data = layer(data, training=True)

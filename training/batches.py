@@ -2,12 +2,14 @@
 
 import collections
 import functools
+import io
 import itertools
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -17,6 +19,7 @@ import keras_mnv2
 from training import augment
 from training.config import Config
 from training.data import Split
+from training.workers import Workers
 
 MOST_WORKERS = 16
 # Resize and crop of an evaluation of 224 pixels, torchvision's first and most used.
@@ -31,12 +34,15 @@ class Batches(keras.utils.PyDataset):
         classes: how many there are.
         batch_size: images a batch.
         prepare: from a split's image and a random generator to an array; all of one shape.
-        change: from images, labels and a seed to a changed batch, or None.
+        change: from images, labels, a seed, the first row in the batch and the batch's size to changed rows, or None.
         seed: of the order and all changes; the images that fill no whole batch are left out, others in each epoch. None
             keeps the order of the split, with a last batch that may be smaller.
         workers: threads that make batches.
+        share: (number, of) of the process that reads. In training each reads its own rows of every batch, in order, so
+            `of` must divide `batch_size`; of an ordered split it reads every `of`-th batch.
 
-    A batch depends only on (seed, epoch, index): not on what was asked for before, nor on the threads.
+    A batch depends only on (seed, epoch, index): not on what was asked for before, nor on the threads. Its rows are the
+    same for any number of processes, but for what Keras's layers draw, which they draw for a process's rows.
     """
 
     def __init__(
@@ -45,9 +51,10 @@ class Batches(keras.utils.PyDataset):
         classes: int,
         batch_size: int,
         prepare: Callable[[Any, np.random.Generator], np.ndarray],
-        change: Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]] | None = None,
+        change: Callable[[np.ndarray, np.ndarray, int, int, int], tuple[np.ndarray, np.ndarray]] | None = None,
         seed: int | None = None,
         workers: int = 2,
+        share: tuple[int, int] = (0, 1),
     ):
         super().__init__(workers=workers)
         self.split = split
@@ -56,6 +63,7 @@ class Batches(keras.utils.PyDataset):
         self.prepare = prepare
         self.change = change
         self.seed = seed
+        self.share = share
         self.unreadable: dict[str, str] = {}
         """Names of the images that could not be read, and why."""
         self.waited = 0.0
@@ -83,10 +91,17 @@ class Batches(keras.utils.PyDataset):
         Raises:
             ValueError: where no image of the whole split can be read.
         """
-        seed = self.seed or 0
-        rng = np.random.default_rng((seed, epoch, index))
-        chosen = self._order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
-        pairs = [pair for i in chosen if (pair := self._read(int(i), rng)) is not None]
+        size, first = self.batch_size, 0
+        if self.seed is not None:
+            number, of = self.share
+            size //= of
+            first = number * size
+        start = index * self.batch_size + first
+        # Of the batch and of each image. The order's has zeros in their places.
+        place = (self.seed or 0, epoch, index + 1)
+        rngs = (np.random.default_rng((*place, row + 1)) for row in itertools.count(first))
+        chosen = self._order(epoch)[start : start + size]
+        pairs = [pair for i, rng in zip(chosen, rngs, strict=False) if (pair := self._read(int(i), rng)) is not None]
         if not pairs:
             if len(self.unreadable) == len(self.split):
                 raise ValueError(f"dataset must have images that can be read. {self.told()}")
@@ -94,39 +109,51 @@ class Batches(keras.utils.PyDataset):
         images = np.stack([image for image, _ in pairs])
         labels = keras.utils.to_categorical([label for _, label in pairs], self.classes)
         if self.change is not None:
-            images, labels = self.change(images, labels, int(rng.integers(2**31)))
+            seed = int(np.random.default_rng(place).integers(2**31))
+            images, labels = self.change(images, labels, seed, first, self.batch_size)
         return images.astype("float32"), labels.astype("float32")
 
     def stream(
         self, epoch: int = 0, step: int = 0, epochs: int | None = None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All batches from a place on, for so many epochs or without end, made ahead by threads."""
+        return (batch for _, batch in self.numbered_stream(epoch, step, epochs))
+
+    def numbered_stream(
+        self, epoch: int = 0, step: int = 0, epochs: int | None = None
+    ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+        """The same with the index of each batch in its epoch."""
         numbers = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
-        positions = ((e, i) for e in numbers for i in range(step if e == epoch else 0, len(self)))
+        first, every = self.share if self.seed is None else (0, 1)
+        positions = ((e, i) for e in numbers for i in range(step if e == epoch else 0, len(self)) if i % every == first)
         pool = ThreadPoolExecutor(self.workers)
+        ahead: collections.deque[tuple[int, Future]] = collections.deque()
+
+        def more(count):
+            ahead.extend((e_i[1], pool.submit(self.batch, *e_i)) for e_i in itertools.islice(positions, count))
+
         try:
-            ahead = collections.deque(
-                pool.submit(self.batch, *position) for position in itertools.islice(positions, self.workers + 1)
-            )
+            more(self.workers + 1)
             while ahead:
                 start = time.perf_counter()
-                batch = ahead.popleft().result()
+                index, future = ahead.popleft()
+                batch = future.result()
                 self.waited += time.perf_counter() - start
-                ahead += [pool.submit(self.batch, *position) for position in itertools.islice(positions, 1)]
+                more(1)
                 if batch is not None:
-                    yield batch
+                    yield index, batch
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def for_fit(self, epoch: int = 0) -> Any:
+    def for_fit(self, epoch: int = 0, step: int = 0) -> Any:
         """The stream as `fit` takes it, together with `steps_per_epoch`."""
         if keras.backend.backend() != "tensorflow":
-            return self.stream(epoch)
+            return self.stream(epoch, step)
         import tensorflow as tf
 
         # Keras would prefetch from a generator, and `waited` would be the time that its reader waits, not the training.
         shapes = [tf.TensorSpec((None, *shape), tf.float32) for shape in (self.image_shape, (self.classes,))]
-        return tf.data.Dataset.from_generator(lambda: self.stream(epoch), output_signature=tuple(shapes))
+        return tf.data.Dataset.from_generator(lambda: self.stream(epoch, step), output_signature=tuple(shapes))
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:
@@ -169,7 +196,7 @@ def preprocessing(config: Config) -> keras_mnv2.Preprocessing:
     return keras_mnv2.Preprocessing(resize, size, how.interpolation, how.mean, how.std, how.crop_rounding)
 
 
-def training_batches(split: Split, classes: int, config: Config) -> Batches:
+def training_batches(split: Split, classes: int, config: Config, share: tuple[int, int] = (0, 1)) -> Batches:
     """Batches in a new order each epoch, changed as `config` says."""
     centre = preprocessing(config)
 
@@ -183,35 +210,70 @@ def training_batches(split: Split, classes: int, config: Config) -> Batches:
         classes,
         config.batch_size,
         prepare,
-        lambda images, labels, seed: augment.change_batch(images, labels, config, seed),
+        lambda images, labels, seed, first, size: augment.change_batch(images, labels, config, seed, first, size),
         config.seed,
         workers(config),
+        share,
     )
 
 
-def evaluation_batches(split: Split, classes: int, config: Config) -> Batches:
+def evaluation_batches(split: Split, classes: int, config: Config, share: tuple[int, int] = (0, 1)) -> Batches:
     """Batches in the split's order, of the centre of each image."""
     how = preprocessing(config)
 
     def prepare(image, rng):
         return resized(image, how, how.crop)
 
-    return Batches(split, classes, config.batch_size, prepare, workers=workers(config))
+    return Batches(split, classes, config.batch_size, prepare, workers=workers(config), share=share)
 
 
-def read_scores(run: Callable[[np.ndarray], Any], batches: Batches) -> tuple[np.ndarray, np.ndarray]:
+def read_scores(
+    run: Callable[[np.ndarray], Any], batches: Batches, workers: Workers | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """What `run` gives for all images that can be read, in order, and their labels.
 
     Args:
         run: from images (batch, height, width, channels) to an array (batch, numbers).
-        batches: ordered.
+        batches: ordered; each worker's share.
+        workers: the processes that read them. Process 0 gets everything, the names of unreadable images too, and the
+            others get their own part.
 
     Returns:
         Arrays (images, numbers) and (images,).
     """
-    pairs = [(np.asarray(run(images)), labels.argmax(1)) for images, labels in batches.stream(epochs=1)]
-    scores, labels = zip(*pairs, strict=True)
+    found = [
+        (i, np.asarray(run(images)), labels.argmax(1)) for i, (images, labels) in batches.numbered_stream(epochs=1)
+    ]
+    if workers is not None and workers.of > 1:
+        parts = workers.gather(_encode(found, batches.unreadable))
+        for part in parts[1:]:
+            others, unreadable = _decode(part)
+            found += others
+            batches.unreadable |= unreadable
+        found.sort(key=lambda one: one[0])
+    if not found:
+        return np.zeros((0, batches.classes), "float32"), np.zeros(0, "int64")
+    _, scores, labels = zip(*found, strict=True)
     return np.concatenate(scores), np.concatenate(labels)
+
+
+def share_unreadable(batches: Batches, workers: Workers) -> None:
+    """Gives process 0 the names of the images that the others could not read."""
+    for part in workers.gather(json.dumps(batches.unreadable).encode()):
+        batches.unreadable |= json.loads(part)
+
+
+def _encode(found, unreadable):
+    buffer = io.BytesIO()
+    arrays = {f"{kind}{i}": array for i, scores, labels in found for kind, array in (("x", scores), ("y", labels))}
+    np.savez(buffer, unreadable=json.dumps(unreadable), **arrays)
+    return buffer.getvalue()
+
+
+def _decode(content):
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        indices = [int(name[1:]) for name in file.files if name.startswith("x")]
+        return [(i, file[f"x{i}"], file[f"y{i}"]) for i in indices], json.loads(str(file["unreadable"]))
 
 
 def resized(image: Any, how: keras_mnv2.Preprocessing, size: int) -> np.ndarray:

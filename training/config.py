@@ -19,7 +19,7 @@ class Config:
     epochs: int
     """Passes over the training images; in a transfer, those of the fine-tuning."""
     batch_size: int
-    """Images a step."""
+    """Images a step, of all workers together; see `scale_with_workers`."""
     learning_rate: float
     """Peak of the learning rate."""
     data_dir: Path | None = None
@@ -99,6 +99,23 @@ class Config:
     """Threads that read and change images; by default one a core, at most 16."""
     run_dir: Path | None = None
     """Folder for the results, new or empty; by default runs/RECIPE-BACKEND-TIME."""
+    resume: bool = False
+    """Whether the run in `run_dir` goes on from its last checkpoint, or starts if there is none."""
+    checkpoint_seconds: float = 30.0
+    """Seconds of training after which a checkpoint is written, at the end of a step."""
+    checkpoint_steps: int | None = None
+    """Steps after which a checkpoint is written, besides; by default the seconds alone count."""
+    keep_checkpoints: int = 3
+    """Checkpoints that are kept, the newest ones."""
+    devices: int | None = None
+    """Devices that this process trains on, on JAX and TensorFlow; by default all GPUs or TPU cores, or one CPU. More
+    than there are CPUs are made of one."""
+    scale_with_workers: Literal["no", "linear", "sqrt"] = "no"
+    """What more workers, that is devices, change. `no`: nothing, they share a batch. Otherwise each has `batch_size`
+    images, and the learning rate is multiplied by their number (Goyal et al. 2017, section 2.1) or by its root, after
+    at least five epochs of warm-up (section 2.2)."""
+    deterministic: bool = False
+    """Whether a GPU computes in a fixed order, which is slower; a CPU does anyhow."""
     tensorboard: bool = False
     """Whether to write TensorBoard's files into `tensorboard/`, which needs TensorFlow and TensorBoard."""
     saved_model: bool = True

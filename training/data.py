@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import hashlib
 import io
 import os
 import re
@@ -38,6 +39,10 @@ class Split(abc.ABC):
         """What messages call image `i`."""
         return f"image {i}"
 
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes when the images or labels do, as far as can be told without reading image files."""
+
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """The labels of all images, (number,)."""
@@ -57,6 +62,9 @@ class ArraySplit(Split):
     def __getitem__(self, i):
         return self.images[i], int(self.labels[i])
 
+    def fingerprint(self):
+        return _hash(self.images, self.labels)
+
 
 class FileSplit(Split):
     """Image files, read when they are asked for; one that cannot be read is a ValueError that names it."""
@@ -73,6 +81,10 @@ class FileSplit(Split):
 
     def name(self, i):
         return str(self.paths[i])
+
+    def fingerprint(self):
+        """Of names below the class folders, sizes and labels; a folder may move."""
+        return _hash(self.labels, *(f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in self.paths))
 
 
 class RecordSplit(Split):
@@ -92,6 +104,10 @@ class RecordSplit(Split):
 
     def name(self, i):
         return f"record {i}"
+
+    def fingerprint(self):
+        """Of TFDS's name and version and the number of records, whose files TFDS does not change."""
+        return _hash(self.source.dataset_info.full_name, str(len(self)))
 
     @functools.cached_property
     def labels(self):
@@ -118,6 +134,9 @@ class Subset(Split):
     def labels(self):
         return self.split.labels[self.indices]
 
+    def fingerprint(self):
+        return _hash(self.split.fingerprint(), self.indices)
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -131,6 +150,19 @@ class Dataset:
     def __post_init__(self):
         if len(self.class_names) < 2:
             raise ValueError(f"dataset must have at least two classes, got one, {self.class_names[0]!r}.")
+
+    def fingerprint(self) -> dict[str, str]:
+        """The number of images and the hash of each split, and the class names' hash."""
+        splits = {"training": self.train, "validation": self.validation, "test": self.test}
+        found = {name: f"{len(split)} images, {split.fingerprint()}" for name, split in splits.items()}
+        return found | {"class": f"{len(self.class_names)} names, {_hash(*self.class_names)}"}
+
+
+def _hash(*parts: Any) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part.encode() + b"\0" if isinstance(part, str) else np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def load(name: str, image_size: int, data_dir: str | os.PathLike | None = None, held_out: bool = True) -> Dataset:

@@ -25,11 +25,14 @@ class Progress(keras.callbacks.Callback):
         self.batches = batches
         self.epochs = epochs
         self.steps = steps
+        self.first = 0
+        """Step at which this start of the run takes up the epoch."""
 
     def on_epoch_begin(self, epoch, logs=None):
         print(f"Epoch {epoch + 1}/{self.epochs}", flush=True)
         self.start = time.perf_counter()
         self.waited = self.batches.waited
+        self.seconds = 0.0
         self.bar = keras.utils.Progbar(self.steps)
 
     def on_train_batch_end(self, batch, logs=None):
@@ -40,8 +43,8 @@ class Progress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         waited = self.batches.waited - self.waited
-        logs["images_per_second"] = self.steps * self.batches.batch_size / self.seconds
-        logs["waiting"] = waited / self.seconds
+        logs["images_per_second"] = self._speed(self.steps)
+        logs["waiting"] = waited / self.seconds if self.seconds else 0.0
         logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
         logs["seconds"] = time.perf_counter() - self.start
         shown = {name: value for name, value in logs.items() if name not in ("images_per_second", "seconds")}
@@ -50,10 +53,12 @@ class Progress(keras.callbacks.Callback):
             print(f"{duration(left)} left if no epoch is left out", flush=True)
 
     def _show(self, done, logs):
-        speed = done * self.batches.batch_size / self.seconds
         # Keras's logs are means already.
         self.bar.stateful_metrics = {*logs, "images/s"}
-        self.bar.update(done, [*logs.items(), ("images/s", speed)], finalize=done == self.steps)
+        self.bar.update(done, [*logs.items(), ("images/s", self._speed(done))], finalize=done == self.steps)
+
+    def _speed(self, done):
+        return (done - self.first) * self.batches.batch_size / self.seconds if self.seconds else 0.0
 
 
 def duration(seconds: float) -> str:

@@ -3,25 +3,33 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
-import time
+import sys
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
 
 import keras_mnv2
-from training import data, metrics, pictures, schedules, summary, transfer
-from training.batches import Batches, evaluation_batches, read_scores, training_batches
+from training import checkpoints, data, engines, metrics, pictures, run_folder, summary, transfer
+from training.batches import Batches, evaluation_batches, read_scores, share_unreadable, training_batches
+from training.checkpoints import Checkpoint
 from training.config import Config
-from training.progress import Progress, duration
+from training.engines import Engine
+from training.fitting import Diverged, Run, fit
+from training.progress import duration
+from training.run_folder import write_json
+from training.stopping import Stop, Stopped
+from training.workers import Workers, connect
 
 # Images on which exported files are compared with the model.
 SAMPLE = 64
 MISTAKES = 24
+# Of Goyal et al. 2017, section 2.2, for a learning rate that was multiplied.
+WARMUP_EPOCHS = 5.0
 
 
 def run(config: Config, command: str = "") -> dict:
@@ -29,81 +37,148 @@ def run(config: Config, command: str = "") -> dict:
 
     The run folder gets `config.json`, `history.csv` (a line an epoch, written as it ends), `model.keras`, the pictures
     `curves.png`, `confusion.png` and `mistakes.png`, `report.md`, `saved_model/`, TensorBoard's and LiteRT's files
-    where they are asked for, and, last, `metrics.json`.
+    where they are asked for, and, last, `metrics.json`. Until then `checkpoints/` holds what `resume` goes on from.
+    With several processes the first one alone writes, prints and exports.
 
     Args:
         config: the settings.
         command: what to run to repeat it, for the report.
 
     Returns:
-        The metrics.
+        The metrics; nothing in other processes than the first.
 
     Raises:
-        ValueError: on an unfit configuration or a run folder that is not empty.
+        ValueError: on an unfit configuration, a run folder that is not empty or another run's, a data set that has
+            changed since, or a loss that is no number any more.
         ImportError: where a package is missing that a later part needs; before the training starts.
+        OSError: where the run folder cannot be written.
+        Stopped: where a signal asked for the end.
     """
-    start = time.perf_counter()
-    check_packages(config)
+    stop = Stop()
+    with stop.handled():
+        check_packages(config)
+        engine = engines.start(config.devices, config.deterministic)
+        workers = connect(engine.number, engine.processes, engine.host, engine.exchange)
+        if not workers.main:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        try:
+            found = run_with(config, command, engine, workers, stop)
+        except (Exception, Stopped) as error:
+            if isinstance(error, Stopped):
+                error.signal = stop.signal or error.signal
+            if workers.of > 1:
+                end_at_once(error, workers)
+            raise
+        workers.close()
+        engine.close()
+    return found
+
+
+def run_with(config: Config, command: str, engine: Engine, workers: Workers, stop: Stop) -> dict:
+    """The run on an engine that has started."""
+    config = scaled(config, engine)
+    complete = run_folder.look(config) if workers.main else None
+    if workers.agree(complete is not None):
+        print(f"The run in {config.run_dir} is complete.", flush=True)
+        return complete or {}
     keras.utils.set_random_seed(config.seed)
     dataset = data.load(config.dataset, config.image_size, config.data_dir, config.held_out)
     classes = len(dataset.class_names)
-    train = training_batches(dataset.train, classes, config)
-    validation, test = (evaluation_batches(split, classes, config) for split in (dataset.validation, dataset.test))
+    train = training_batches(dataset.train, classes, config, workers.share)
+    validation, test = (
+        evaluation_batches(split, classes, config, workers.share) for split in (dataset.validation, dataset.test)
+    )
     channels = train.image_shape[-1]
     size, evaluation_size = config.image_size, config.evaluation_size or config.image_size
-    model = build_model(config, classes, channels, size if size == evaluation_size else None)
-    run_dir = make_run_dir(config)
+    with engine.scope():
+        built = build_model(config, classes, channels, size if size == evaluation_size else None, engine.norm_layer)
+    model = engine.trained(built)
+    this = run_folder.open_run(config, engine, workers, stop, dataset)
     images = " + ".join(f"{len(split):,}" for split in (dataset.train, dataset.validation, dataset.test))
     print(f"{config.dataset}: {images} images of {classes} classes for training, validation and test")
-    print(f"{config.recipe} on {keras.backend.backend()}: {model.count_params():,} parameters, results in {run_dir}")
+    where = f" on {engine.replicas} devices of {workers.of} processes" if engine.replicas > 1 else ""
+    found = f"{model.count_params():,} parameters, results in {this.path}"
+    print(f"{config.recipe} on {keras.backend.backend()}{where}: {found}", flush=True)
     class_weight = balanced(dataset.train.labels, classes) if config.class_weights else None
 
-    found: dict[str, Any] = {}
-    if config.head_epochs:
-        found |= head_phase(model, config, dataset, train, validation, test, class_weight, run_dir)
-    if config.unfreeze_from is not None:
-        transfer.freeze(model, config.unfreeze_from)
+    results: dict[str, Any] = {}
     history: dict[str, list[float]] = {}
-    if config.epochs:
-        history = fit(model, config, train, validation, class_weight, run_dir / "history.csv")
-    fit_seconds = time.perf_counter() - start
-    model = for_inference(model, evaluation_size)
-    # Before the test: its images may have faults that end the run.
-    model.save(run_dir / "part.keras")
-    os.replace(run_dir / "part.keras", run_dir / "model.keras")
-    scores, labels = read_scores(model.predict_on_batch, test)
-    found["test_accuracy"] = metrics.top_k(scores, labels, 1)
-    print(f"test accuracy {found['test_accuracy']:.2%} on {len(labels)} images")
-    if config.saved_model:
-        sample = test[0][0][:SAMPLE]
-        report = keras_mnv2.export(model, run_dir / "saved_model", labels=dataset.class_names, sample=sample)
-        found["saved_model_largest_difference"] = report.largest_difference
-    if config.quantize_epochs:
-        found |= quantize(model, config, train, validation, test, run_dir)
-    found |= {
+    try:
+        if config.head_epochs:
+            results |= this.phase(
+                "head", lambda: head_phase(this, model, dataset, train, validation, test, class_weight)
+            )
+        if config.unfreeze_from is not None:
+            transfer.freeze(model, config.unfreeze_from)
+        if config.epochs:
+            history = this.phase(
+                "history", lambda: fit(this, config, "history", model, train, validation, class_weight)
+            )
+        fit_seconds = this.phase("fit_seconds", lambda: this.seconds)
+        weights = trained_weights(this, model)
+        if workers.main:
+            with engine.alone():
+                final = for_inference(model, evaluation_size, weights)
+                # Before the test: its images may have faults that end the run.
+                save(final, this.path / "model.keras")
+        scores, labels = read_scores(engine.predictor(model), test, workers)
+        for batches in (train, validation):
+            share_unreadable(batches, workers)
+        if not workers.main:
+            return {}
+        results["test_accuracy"] = metrics.top_k(scores, labels, 1)
+        print(f"test accuracy {results['test_accuracy']:.2%} on {len(labels)} images")
+        with engine.alone():
+            if config.saved_model:
+                sample = first_images(dataset.test, classes, config)
+                report = keras_mnv2.export(final, this.path / "saved_model", labels=dataset.class_names, sample=sample)
+                results["saved_model_largest_difference"] = report.largest_difference
+            if config.quantize_epochs:
+                results |= quantize(this, final, dataset)
+    except Diverged as error:
+        with engine.alone():
+            raise ValueError(keep_good_weights(this, model, evaluation_size, error)) from error
+    results |= {
         "test_images": len(labels),
         "test_top5_accuracy": metrics.top_k(scores, labels, 5),
         "calibration_error": metrics.calibration_error(scores, labels),
         "unreadable_images": {**train.unreadable, **validation.unreadable, **test.unreadable},
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(this.seconds, 1),
         "fit_seconds": round(fit_seconds, 1),
         "parameters": model.count_params(),
         "backend": keras.backend.backend(),
+        "devices": engine.replicas,
         "versions": versions(),
     }
     if history:
-        found["seconds_per_epoch"] = float(np.median(history["seconds"]))
-        found["waiting_for_input"] = float(np.median(history["waiting"]))
-        pictures.draw_curves(history, run_dir / "curves.png")
+        results["seconds_per_epoch"] = float(np.median(history["seconds"]))
+        results["waiting_for_input"] = float(np.median(history["waiting"]))
+        pictures.draw_curves(history, this.path / "curves.png")
     for batches in (train, validation, test):
         if told := batches.told():
             print(told)
-    draw(scores, labels, test, dataset.class_names, run_dir)
+    draw(scores, labels, test, dataset.class_names, this.path)
     matrix = metrics.confusion_matrix(scores, labels)
-    summary.write(run_dir / "report.md", config, found, history, matrix, dataset.class_names, command)
-    write_json(run_dir / "metrics.json", found)
-    print(f"{duration(found['seconds'])} in all, results in {run_dir}")
-    return found
+    summary.write(this.path / "report.md", config, results, history, matrix, dataset.class_names, command)
+    write_json(this.path / "metrics.json", results)
+    this.folder.remove()
+    print(f"{duration(results['seconds'])} in all, results in {this.path}")
+    return results
+
+
+def end_at_once(error: BaseException, workers: Workers) -> NoReturn:
+    """Ends one process of several: what runs when Python ends would wait for the others."""
+    if isinstance(error, Stopped):
+        if error.agreed:
+            workers.close()
+        told, code = str(error) if workers.main else "", 128 + error.signal
+    else:
+        plain = isinstance(error, (ValueError, ImportError, OSError)) and not os.environ.get("TRACE")
+        told, code = f"{error}" if plain else "".join(traceback.format_exception(error)), 1
+    sys.stdout.flush()
+    if told:
+        print(told, file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def check_packages(config: Config) -> None:
@@ -122,7 +197,9 @@ def check_packages(config: Config) -> None:
             )
 
 
-def build_model(config: Config, classes: int, channels: int, size: int | None) -> keras.Model:
+def build_model(
+    config: Config, classes: int, channels: int, size: int | None, norm_layer: str = "batch_norm"
+) -> keras.Model:
     """The recipe's model, which takes raw images of `size` pixels a side, or of any."""
     return keras_mnv2.MobileNetV2(
         input_shape=(size, size, channels),
@@ -132,105 +209,115 @@ def build_model(config: Config, classes: int, channels: int, size: int | None) -
         inverted_residual_setting=config.stages,
         stem_stride=config.stem_stride,
         dropout=config.dropout,
+        norm_layer=norm_layer,
         include_preprocessing=True,
         dtype="float32" if config.precision == "float32" else f"mixed_{config.precision}",
         name=f"mobilenetv2_{config.recipe}",
     )
 
 
-def compile_model(model: keras.Model, config: Config, steps: int) -> None:
-    """Gives `model` the recipe's optimiser, schedule and loss, for epochs of so many steps."""
-    rates = schedules.learning_rates(config, steps)
-    ema = {"use_ema": config.ema is not None, "ema_momentum": config.ema or 0.99}
-    optimizer: keras.optimizers.Optimizer
-    if config.optimizer == "adamw":
-        optimizer = keras.optimizers.AdamW(rates, weight_decay=config.weight_decay, **ema)
-        optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
-    elif config.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(rates, config.momentum, nesterov=config.nesterov, **ema)
-    else:
-        # Decay and epsilon of the authors' training script (tensorflow/models, research/slim).
-        optimizer = keras.optimizers.RMSprop(rates, rho=0.9, momentum=config.momentum, epsilon=1.0, **ema)
-    if config.optimizer != "adamw" and config.weight_decay:
-        # Keras's `weight_decay` is decoupled; this adds `weight_decay * w` to the gradient, before the momentum.
-        for variable in model.trainable_variables:
-            if variable.name == "kernel":
-                variable.regularizer = keras.regularizers.L2(config.weight_decay / 2)
-    loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
-    model.compile(optimizer, loss=loss, metrics=["accuracy"])
-
-
-def fit(
-    model: keras.Model,
-    config: Config,
-    train: Batches,
-    validation: Batches,
-    class_weight: dict[int, float] | None,
-    path: Path,
-) -> dict[str, list[float]]:
-    """Compiles and trains, and gives the history, of which the CSV file `path` gets a line an epoch."""
-    steps = config.steps_per_epoch or len(train)
-    compile_model(model, config, steps)
-    callbacks: list[keras.callbacks.Callback] = []
-    if config.ema is not None:
-        # First: what follows sees the average.
-        callbacks.append(keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
-    callbacks += [Progress(train, config.epochs, steps), keras.callbacks.CSVLogger(path)]
-    if config.early_stopping:
-        callbacks.append(
-            keras.callbacks.EarlyStopping(
-                "val_accuracy", patience=config.early_stopping, restore_best_weights=True, mode="max"
-            )
-        )
-    if config.tensorboard:
-        callbacks.append(keras.callbacks.TensorBoard(path.parent / "tensorboard" / path.stem, write_graph=False))
-    history = model.fit(
-        train.for_fit(),
-        steps_per_epoch=steps,
-        epochs=config.epochs,
-        shuffle=False,  # Keras warns of a generator that it cannot shuffle.
-        validation_data=validation,
-        class_weight=class_weight,
-        callbacks=callbacks,
-        verbose=0,
-    )
-    return history.history
-
-
 def head_phase(
+    run: Run,
     model: keras.Model,
-    config: Config,
     dataset: data.Dataset,
     train: Batches,
     validation: Batches,
     test: Batches,
     class_weight: dict[int, float] | None,
-    run_dir: Path,
 ) -> dict[str, Any]:
     """Trains the classifier alone, and gives its seconds and its accuracy on the test images."""
-    start = time.perf_counter()
+    config = run.config
     if config.cache_features:
-        ordered = evaluation_batches(dataset.train, train.classes, config)
-        transfer.train_head(model, ordered, validation, config, class_weight)
+        ordered = evaluation_batches(dataset.train, train.classes, config, run.workers.share)
+        transfer.train_head(run, model, ordered, validation, class_weight)
     else:
         transfer.freeze(model, "predictions")
         alone = dataclasses.replace(config, learning_rate=config.head_learning_rate, epochs=config.head_epochs)
-        fit(model, alone, train, validation, class_weight, run_dir / "head_history.csv")
-    seconds = time.perf_counter() - start
-    accuracy = metrics.top_k(*read_scores(model.predict_on_batch, test), 1)
-    print(f"head alone: test accuracy {accuracy:.2%}, {duration(seconds)}")
+        fit(run, alone, "head_history", model, train, validation, class_weight)
+    seconds = run.seconds
+    scores, labels = read_scores(run.engine.predictor(model), test, run.workers)
+    if not run.workers.main:
+        return {}
+    accuracy = metrics.top_k(scores, labels, 1)
+    print(f"head alone: test accuracy {accuracy:.2%}, {duration(seconds)}", flush=True)
     return {"head_test_accuracy": accuracy, "head_seconds": round(seconds, 1)}
 
 
-def for_inference(model: keras.Model, size: int) -> keras.Model:
-    """The trained network as a model that is not compiled, for images of `size`: no optimiser goes into its file."""
+def trained_weights(run: Run, model: keras.Model) -> list[np.ndarray]:
+    """The weights after the training, which a checkpoint holds from now on."""
+    state, run.resumed = run.resumed, None
+    if state is None:
+        weights = model.get_weights()
+        if run.workers.main:
+            arrays = {f"weights/{i:04d}": weight for i, weight in enumerate(weights)}
+            run.folder.write(Checkpoint(arrays, run.place("trained", 0, 0)))
+        return weights
+    if state.place["phase"] != "trained":
+        # Of the quantisation: it has the trained weights beside its own.
+        run.resumed = state
+    weights = state.group("trained" if run.resumed else "weights")
+    model.set_weights(weights)
+    return weights
+
+
+def for_inference(model: keras.Model, size: int, weights: list[np.ndarray] | None = None) -> keras.Model:
+    """The trained network as a model that is not compiled, for images of `size`: no optimiser goes into its file.
+
+    Args:
+        model: that was trained.
+        size: side of the images, in pixels.
+        weights: by default the model's.
+    """
     config = model.get_config()
     config["layers"][0]["config"]["batch_shape"] = (None, size, size, model.input.shape[-1])
+    for layer in config["layers"]:
+        if layer["config"].get("norm_layer") == "sync_batch_norm":
+            layer["config"]["norm_layer"] = "batch_norm"
     # Not `clone_model`, which compiles its copy of a compiled model.
     final = type(model).from_config(config)
-    final.set_weights(model.get_weights())
+    final.set_weights(model.get_weights() if weights is None else weights)
     final.trainable = True
     return final
+
+
+def keep_good_weights(run: Run, model: keras.Model, size: int, error: Diverged) -> str:
+    """Saves the last good weights as a model, and gives a sentence for the error."""
+    if error.checkpoint is None or not run.workers.main:
+        return str(error)
+    place = error.checkpoint.place
+    if place["phase"] == "quantize_history":
+        return f"{error} {run.path / 'model.keras'} has the weights before the quantisation."
+    path = run.path / "last_good.keras"
+    save(for_inference(model, size, error.checkpoint.group("weights")), path)
+    return f"{error} The last good weights, after step {place['step']} in epoch {place['epoch'] + 1}, are in {path}."
+
+
+def save(model: keras.Model, path: Path) -> None:
+    """Saves a `.keras` file beside, and moves it into place."""
+    part = path.with_name(f"part_{path.name}")
+    with checkpoints.told(path):
+        try:
+            model.save(part)
+            os.replace(part, path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def scaled(config: Config, engine: Engine) -> Config:
+    """The settings with the batch and the learning rate of all workers."""
+    workers = engine.replicas
+    if config.scale_with_workers != "no" and workers > 1:
+        factor = workers if config.scale_with_workers == "linear" else workers**0.5
+        config = dataclasses.replace(
+            config,
+            batch_size=config.batch_size * workers,
+            learning_rate=config.learning_rate * factor,
+            warmup_epochs=max(config.warmup_epochs, WARMUP_EPOCHS),
+        )
+    if config.batch_size % workers:
+        raise ValueError(f"batch_size must be a multiple of the {workers} devices, got {config.batch_size}.")
+    return config
 
 
 def balanced(labels: np.ndarray, classes: int) -> dict[int, float]:
@@ -239,16 +326,21 @@ def balanced(labels: np.ndarray, classes: int) -> dict[int, float]:
     return {label: len(labels) / classes / max(1, int(count)) for label, count in enumerate(counts)}
 
 
-def quantize(
-    model: keras.Model, config: Config, train: Batches, validation: Batches, test: Batches, run_dir: Path
-) -> dict[str, float]:
+def quantize(run: Run, model: keras.Model, dataset: data.Dataset) -> dict[str, float]:
     """Writes `model` as LiteRT files in float32, in int8, and in int8 after quantisation-aware training.
+
+    That training runs on one device of the first process, however many there are.
 
     Returns:
         The test accuracy of each file, run by LiteRT.
     """
+    config, classes = run.config, len(dataset.class_names)
+    run = dataclasses.replace(run, engine=engines.alone(), workers=Workers())
+    train = training_batches(dataset.train, classes, config)
+    ordered, validation, test = (
+        evaluation_batches(split, classes, config) for split in (dataset.train, dataset.validation, dataset.test)
+    )
     # Some hundred images give the ranges of the activations.
-    ordered = evaluation_batches(train.split, train.classes, config)
     calibration = np.concatenate([ordered[i][0] for i in range(min(len(ordered), -(-500 // config.batch_size)))])
     aware = keras_mnv2.quantize_aware(model)
     again = dataclasses.replace(
@@ -259,20 +351,25 @@ def quantize(
         ema=None,
         early_stopping=0,
     )
-    fit(aware, again, train, validation, None, run_dir / "quantize_history.csv")
-    accuracies = {}
+    fit(run, again, "quantize_history", aware, train, validation, None, beside=model.get_weights())
+    sample, accuracies = test[0][0][:SAMPLE], {}
     for name, source, options in (
         ("float32", model, {}),
         ("int8", model, {"precision": "int8", "calibration": calibration, "io_dtype": "uint8"}),
         ("int8_aware", aware, {"precision": "int8", "io_dtype": "uint8"}),
     ):
-        path = run_dir / f"model_{name}.tflite"
-        keras_mnv2.export(source, path, "litert", sample=test[0][0][:SAMPLE], **options)
+        path = run.path / f"model_{name}.tflite"
+        keras_mnv2.export(source, path, "litert", sample=sample, **options)
         read = keras_mnv2.load_export(path)
         scores, labels = read_scores(lambda images, read=read: next(iter(read(images).values())), test)
         accuracies[f"{name}_tflite_test_accuracy"] = metrics.top_k(scores, labels, 1)
         print(f"{path.name}: test accuracy {accuracies[f'{name}_tflite_test_accuracy']:.2%} in LiteRT")
     return accuracies
+
+
+def first_images(split: data.Split, classes: int, config: Config) -> np.ndarray:
+    """What exported files are compared on."""
+    return evaluation_batches(split, classes, config)[0][0][:SAMPLE]
 
 
 def draw(scores: np.ndarray, labels: np.ndarray, test: Batches, class_names: tuple[str, ...], run_dir: Path) -> None:
@@ -289,17 +386,6 @@ def draw(scores: np.ndarray, labels: np.ndarray, test: Batches, class_names: tup
     pictures.draw_mistakes(images, titles, run_dir / "mistakes.png")
 
 
-def make_run_dir(config: Config) -> Path:
-    """Makes the run folder and writes `config.json` into it."""
-    name = f"{config.recipe}-{keras.backend.backend()}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = config.run_dir or Path("runs") / name
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise ValueError(f"run_dir must be a new or empty folder, got {str(run_dir)!r}.")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", dataclasses.asdict(config) | {"run_dir": str(run_dir)})
-    return run_dir
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on, as far as they are installed."""
     found = {"python": platform.python_version()}
@@ -309,10 +395,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes beside and moves into place, so that no half file has the final name."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(part, path)

@@ -1,10 +1,11 @@
 """Transfer learning: a new classifier on the features of a frozen network, then the last blocks at a low rate."""
 
 import keras
+import numpy as np
 
 import keras_mnv2
 from training.batches import Batches, read_scores
-from training.config import Config
+from training.fitting import Run
 
 # Feature vectors a step: they are small, and a step costs its overhead alone.
 HEAD_BATCH = 128
@@ -13,30 +14,46 @@ HEAD_DROPOUT, HEAD_DECAY = 0.5, 0.5
 
 
 def train_head(
-    model: keras.Model, train: Batches, validation: Batches, config: Config, class_weight: dict[int, float] | None
+    run: Run, model: keras.Model, train: Batches, validation: Batches, class_weight: dict[int, float] | None
 ) -> dict[str, list[float]]:
     """Trains a classifier on features that are computed once, and puts its weights into `model`.
 
+    The workers share the features, and the first one trains.
+
     Args:
+        run: this run; `head_epochs` and `head_learning_rate` of its config.
         model: of `MobileNetV2`, with its classifier.
         train: training images in order, as for an evaluation: each gives one feature vector.
         validation: likewise; the classifier with the least loss on these is kept.
-        config: its `head_epochs` and `head_learning_rate`.
         class_weight: of each class, or None.
 
     Returns:
-        The history, as `fit` gives it.
+        The history, as `fit` gives it; nothing in other processes than the first.
     """
-    pooled = model.get_layer("global_pool").output
-    features = keras_mnv2.fold_batch_norm(keras.Model(model.input, pooled))
+    with run.engine.scope():
+        features = keras_mnv2.fold_batch_norm(keras.Model(model.input, model.get_layer("global_pool").output))
+    predict = run.engine.predictor(features)
     pairs = []
     for batches in (train, validation):
-        vectors, labels = read_scores(features.predict_on_batch, batches)
+        vectors, labels = read_scores(predict, batches, run.workers)
         pairs.append((vectors.astype("float32"), keras.utils.to_categorical(labels, batches.classes)))
-    (x, y), validation_data = pairs
+    history: dict[str, list[float]] = {}
+    content = b""
+    if run.workers.main:
+        with run.engine.alone():
+            kernel, bias, history = _train_classifier(run.config, *pairs, class_weight)
+        content = np.vstack([kernel, bias]).astype("float32").tobytes()
+    rows = np.frombuffer(run.workers.broadcast(content), "float32").reshape(-1, train.classes)
+    model.get_layer("predictions").set_weights([rows[:-1], rows[-1]])
+    return history
+
+
+def _train_classifier(config, train, validation, class_weight):
+    """Kernel (features, classes), bias (classes,) and history of a classifier on vectors and one-hot labels."""
+    x, y = train
     # One scale for all backbones, folded back into the classifier below.
     mean, spread = x.mean(0), x.std(0) + 1e-3
-    classifier = keras.layers.Dense(train.classes, activation="softmax", kernel_initializer="zeros")
+    classifier = keras.layers.Dense(y.shape[1], activation="softmax", kernel_initializer="zeros")
     head = keras.Sequential([keras.Input(x.shape[1:]), keras.layers.Dropout(HEAD_DROPOUT), classifier])
     steps = config.head_epochs * -(-len(x) // HEAD_BATCH)
     rates = keras.optimizers.schedules.CosineDecay(config.head_learning_rate, steps)
@@ -48,15 +65,14 @@ def train_head(
         y,
         batch_size=HEAD_BATCH,
         epochs=config.head_epochs,
-        validation_data=((validation_data[0] - mean) / spread, validation_data[1]),
+        validation_data=((validation[0] - mean) / spread, validation[1]),
         class_weight=class_weight,
         callbacks=[keras.callbacks.EarlyStopping("val_loss", patience=config.head_epochs, restore_best_weights=True)],
         verbose=0,
     )
     kernel, bias = (keras.ops.convert_to_numpy(weight) for weight in classifier.weights)
     kernel = kernel / spread[:, None]
-    model.get_layer("predictions").set_weights([kernel, bias - mean @ kernel])
-    return history.history
+    return kernel, bias - mean @ kernel, history.history
 
 
 def freeze(model: keras.Model, unfreeze_from: str) -> None:

@@ -102,16 +102,28 @@ def _at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+class _SumOfProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOfProcesses.forward(ctx, gradient)
+
+
 def _synchronized_batch_normalization(x, gamma, beta, epsilon, data_format):
     # torch.nn.SyncBatchNorm runs on GPUs only. The sums and counts of all processes are added, gradients too.
-    from torch.distributed.nn.functional import all_reduce
-
     axes, shape = ((0, 1, 2), (-1,)) if data_format == "channels_last" else ((0, 2, 3), (-1, 1, 1))
     wide = _at_least_float32(x)
     gamma, beta = keras.ops.convert_to_tensor(gamma), keras.ops.convert_to_tensor(beta)
     pixels = wide.new_full((gamma.numel(),), wide.numel() // gamma.numel())
     sums = torch.stack([wide.sum(axes), wide.square().sum(axes), pixels])
-    total, squares, count = all_reduce(sums)
+    total, squares, count = _SumOfProcesses.apply(sums)
     mean = total / count
     variance = (squares / count - mean.square()).clamp(min=0)
     scale = gamma * torch.rsqrt(variance + epsilon)

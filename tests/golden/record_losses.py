@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from training import train, transfer
+from training import fitting, train, transfer
 from training.batches import training_batches
 from training.config import Config
 from training.data import ArraySplit
@@ -62,7 +62,7 @@ def losses(config: Config, trained: bool = True) -> list[float]:
         for _ in range(30):
             model(batches[0][0], training=True)  # Gives the batch norms statistics to keep.
         transfer.freeze(model, config.unfreeze_from)
-    train.compile_model(model, config, len(batches))
+    fitting.compile_model(model, config, len(batches))
     stream = batches.stream()
     found = []
     for _ in range(STEPS):

@@ -1,0 +1,111 @@
+"""The run folder: new, or that of a run that goes on."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from training import checkpoints
+from training.checkpoints import Checkpoint
+from training.config import Config
+from training.data import Dataset
+from training.engines import Engine
+from training.fitting import Run
+from training.stopping import Stop
+from training.workers import Workers
+
+# What may change when a run goes on: none of it changes what is computed.
+FREE = {
+    "checkpoint_seconds", "checkpoint_steps", "data_dir", "dataset", "devices", "keep_checkpoints", "resume", "run_dir",
+    "saved_model", "scale_with_workers", "tensorboard", "workers",
+}  # fmt: skip
+
+
+def look(config: Config) -> dict[str, Any] | None:
+    """Checks the run folder before anything is loaded, and gives the metrics of a run that is complete.
+
+    Raises:
+        ValueError: where the folder is neither new nor that of the run that shall go on.
+    """
+    path = config.run_dir
+    if config.resume and path is None:
+        raise ValueError("resume needs run_dir, the folder of the run that goes on.")
+    if path is None or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return None
+    if not config.resume:
+        raise ValueError(f"run_dir must be a new or empty folder, or resume given to go on in it, got {str(path)!r}.")
+    try:
+        before = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"run_dir must be new or the folder of a run to go on, got {str(path)!r}: {error}.") from error
+    now = json.loads(_encoded(config))
+    differing = [name for name in now if name not in FREE and now[name] != before.get(name)]
+    if "recipe" in differing:
+        raise ValueError(f"{path} holds a run of the recipe {before.get('recipe')!r}, not of {config.recipe!r}.")
+    if differing:
+        told = ", ".join(f"{name} was {before.get(name)!r} and is {now[name]!r}" for name in differing)
+        raise ValueError(f"The run in {path} can only go on as it was: {told}.")
+    if (path / "metrics.json").is_file():
+        return json.loads((path / "metrics.json").read_text())
+    return None
+
+
+def open_run(config: Config, engine: Engine, workers: Workers, stop: Stop, dataset: Dataset) -> Run:
+    """Makes the run folder with its `config.json`, or reads its last checkpoint.
+
+    Raises:
+        ValueError: where the data set has changed since, or differs between the workers.
+        OSError: where the folder cannot be made.
+    """
+    fingerprint = dataset.fingerprint()
+    for number, part in enumerate(workers.gather(json.dumps(fingerprint).encode())):
+        if told := _difference(fingerprint, json.loads(part)):
+            raise ValueError(f"dataset must be the same for all workers: for worker {number} {told}.")
+    name = f"{config.recipe}-{keras.backend.backend()}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = config.run_dir or Path("runs") / name
+    run = Run(config, path, engine, workers, stop, checkpoints.Folder(path / "checkpoints", config.keep_checkpoints))
+    run.fingerprint = fingerprint
+    found = None
+    if workers.main:
+        with checkpoints.told(path):
+            path.mkdir(parents=True, exist_ok=True)
+        found = run.folder.newest()
+        if found is None:
+            write_json(path / "config.json", dataclasses.asdict(config) | {"run_dir": str(path)})
+        elif told := _difference(found.place["fingerprint"], fingerprint):
+            raise ValueError(f"dataset must be what it was when the run stopped: {told}.")
+    # The first process reads, so that the others need not see its files.
+    content = workers.broadcast(found.encode() if found and workers.of > 1 else b"")
+    if content and not workers.main:
+        found = Checkpoint.decode(content)
+    if found is not None:
+        place = found.place
+        run.resumed, run.done, run.before = found, place["done"], place["seconds"]
+        print(
+            f"Goes on after step {place['step']} in epoch {place['epoch'] + 1} of {place['phase']}, "
+            f"saved on {place['backend']}.",
+            flush=True,
+        )
+    return run
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes beside and moves into place."""
+    checkpoints.write_file(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def _encoded(config):
+    return json.dumps(dataclasses.asdict(config), default=str)
+
+
+def _difference(before, now):
+    """What of two fingerprints differs first, in words."""
+    for name, value in before.items():
+        if now.get(name) != value:
+            (old, _), (new, _) = value.split(", "), now[name].split(", ")
+            counts = f"there were {old} and are {new}" if old != new else f"they are {new} as before, but others"
+            return f"the {name} data differ: {counts}"
+    return ""

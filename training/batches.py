@@ -120,12 +120,13 @@ class Batches(keras.utils.PyDataset):
         return (batch for _, batch in self.numbered_stream(epoch, step, epochs))
 
     def numbered_stream(
-        self, epoch: int = 0, step: int = 0, epochs: int | None = None
+        self, epoch: int = 0, step: int = 0, epochs: int | None = None, until: int | None = None
     ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
-        """The same with the index of each batch in its epoch."""
+        """The same with the index of each batch in its epoch, which ends before the index `until`."""
         numbers = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
         first, every = self.share if self.seed is None else (0, 1)
-        positions = ((e, i) for e in numbers for i in range(step if e == epoch else 0, len(self)) if i % every == first)
+        last = len(self) if until is None else until
+        positions = ((e, i) for e in numbers for i in range(step if e == epoch else 0, last) if i % every == first)
         pool = ThreadPoolExecutor(self.workers)
         ahead: collections.deque[tuple[int, Future]] = collections.deque()
 
@@ -228,7 +229,11 @@ def evaluation_batches(split: Split, classes: int, config: Config, share: tuple[
 
 
 def read_scores(
-    run: Callable[[np.ndarray], Any], batches: Batches, workers: Workers | None = None
+    run: Callable[[np.ndarray], Any],
+    batches: Batches,
+    workers: Workers | None = None,
+    start: int = 0,
+    until: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `run` gives for all images that can be read, in order, and their labels.
 
@@ -237,13 +242,14 @@ def read_scores(
         batches: ordered; each worker's share.
         workers: the processes that read them. Process 0 gets everything, the names of unreadable images too, and the
             others get their own part.
+        start: index of the first batch.
+        until: index after the last one; by default all are read.
 
     Returns:
         Arrays (images, numbers) and (images,).
     """
-    found = [
-        (i, np.asarray(run(images)), labels.argmax(1)) for i, (images, labels) in batches.numbered_stream(epochs=1)
-    ]
+    numbered = batches.numbered_stream(step=start, epochs=1, until=until)
+    found = [(i, np.asarray(run(images)), labels.argmax(1)) for i, (images, labels) in numbered]
     if workers is not None and workers.of > 1:
         parts = workers.gather(_encode(found, batches.unreadable))
         for part in parts[1:]:
@@ -252,7 +258,7 @@ def read_scores(
             batches.unreadable |= unreadable
         found.sort(key=lambda one: one[0])
     if not found:
-        return np.zeros((0, batches.classes), "float32"), np.zeros(0, "int64")
+        return np.zeros((0, 0), "float32"), np.zeros(0, "int64")
     _, scores, labels = zip(*found, strict=True)
     return np.concatenate(scores), np.concatenate(labels)
 

@@ -1,12 +1,12 @@
 """Checkpoints of a run: everything that the next step depends on, in one file that any backend reads."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ import keras
 import numpy as np
 
 FORMAT = 1
-NAME = re.compile(r"(\d{8})\.npz")
+HASH_BYTES = 16
+NAME = re.compile(r"(\d{8})\.checkpoint")
 
 
 @dataclass
@@ -36,10 +37,13 @@ class Checkpoint:
         return [array for key, array in sorted(self.arrays.items()) if key.startswith(f"{name}/")]
 
     def encode(self) -> bytes:
-        """As the bytes of a `.npz` file, whose every member has a checksum."""
-        buffer = io.BytesIO()
+        """As bytes: a BLAKE2b hash of 16 bytes, and the `.npz` file of which it is."""
+        buffer = io.BytesIO(bytes(HASH_BYTES))
+        buffer.seek(HASH_BYTES)
         place = np.frombuffer(json.dumps(self.place | {"format": FORMAT}).encode(), "uint8")
         np.savez(buffer, place=place, **self.arrays)
+        with buffer.getbuffer() as content:
+            content[:HASH_BYTES] = _hash(content[HASH_BYTES:])
         return buffer.getvalue()
 
     @classmethod
@@ -49,15 +53,18 @@ class Checkpoint:
         Raises:
             ValueError: on anything else, cut off or changed.
         """
-        try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-            place = json.loads(arrays.pop("place").tobytes())
-            if place.pop("format") != FORMAT:
-                raise ValueError("it has another format")
-        except (ValueError, KeyError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(f"no whole checkpoint ({error})") from error
+        if _hash(content[HASH_BYTES:]) != content[:HASH_BYTES]:
+            raise ValueError("no whole checkpoint")
+        with np.load(io.BytesIO(content[HASH_BYTES:]), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        place = json.loads(arrays.pop("place").tobytes())
+        if place.pop("format") != FORMAT:
+            raise ValueError("no checkpoint of this version")
         return cls(arrays, place)
+
+
+def _hash(content):
+    return hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
 
 
 def take(model: keras.Model, metrics: Sequence[keras.Variable], place: dict[str, Any]) -> Checkpoint:
@@ -113,7 +120,7 @@ def _variables(model):
 
 
 class Folder:
-    """The checkpoints of a run, `00000001.npz` and so on; the last few are kept.
+    """The checkpoints of a run, `00000001.checkpoint` and so on; the last few are kept.
 
     Args:
         path: of the folder, which is made with the first checkpoint.
@@ -131,7 +138,7 @@ class Folder:
 
     def file(self, number: int) -> Path:
         """Where a checkpoint lies."""
-        return self.path / f"{number:08d}.npz"
+        return self.path / f"{number:08d}.checkpoint"
 
     def write(self, checkpoint: Checkpoint) -> Path:
         """Writes beside, flushes to the disk, moves into place, and removes the oldest.

@@ -29,6 +29,7 @@ class Progress(keras.callbacks.Callback):
         """Step at which this start of the run takes up the epoch."""
 
     def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
         print(f"Epoch {epoch + 1}/{self.epochs}", flush=True)
         self.start = time.perf_counter()
         self.waited = self.batches.waited

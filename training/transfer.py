@@ -1,16 +1,22 @@
 """Transfer learning: a new classifier on the features of a frozen network, then the last blocks at a low rate."""
 
+from collections.abc import Callable
+
 import keras
 import numpy as np
 
 import keras_mnv2
+from training import checkpoints
 from training.batches import Batches, read_scores
+from training.checkpoints import Checkpoint
 from training.fitting import Run
 
 # Feature vectors a step: they are small, and a step costs its overhead alone.
 HEAD_BATCH = 128
 # Of 1280 features for some thousand images: chosen on the validation images of the clothes (docs/training.md).
 HEAD_DROPOUT, HEAD_DECAY = 0.5, 0.5
+# Of each worker, after which features are written: some seconds of work.
+FEATURE_BATCHES = 64
 
 
 def train_head(
@@ -34,9 +40,9 @@ def train_head(
         features = keras_mnv2.fold_batch_norm(keras.Model(model.input, model.get_layer("global_pool").output))
     predict = run.engine.predictor(features)
     pairs = []
-    for batches in (train, validation):
-        vectors, labels = read_scores(predict, batches, run.workers)
-        pairs.append((vectors.astype("float32"), keras.utils.to_categorical(labels, batches.classes)))
+    for name, batches in (("train", train), ("validation", validation)):
+        vectors, labels = features_of(run, name, predict, batches)
+        pairs.append((vectors, keras.utils.to_categorical(labels, batches.classes)))
     history: dict[str, list[float]] = {}
     content = b""
     if run.workers.main:
@@ -46,6 +52,46 @@ def train_head(
     rows = np.frombuffer(run.workers.broadcast(content), "float32").reshape(-1, train.classes)
     model.get_layer("predictions").set_weights([rows[:-1], rows[-1]])
     return history
+
+
+def features_of(
+    run: Run, name: str, predict: Callable[[np.ndarray], np.ndarray], batches: Batches
+) -> tuple[np.ndarray, np.ndarray]:
+    """The vectors and labels of all images, as `read_scores` gives them, some batches after the other.
+
+    What is known is kept beside the checkpoints, so that a run that is stopped here goes on here.
+    """
+    at_once = FEATURE_BATCHES * run.workers.of
+    vectors, labels = [], []
+    for start in range(0, len(batches), at_once):
+        run.stop.check()
+        path = run.folder.path / f"{name}_features_{start:08d}"
+        part = _kept_part(run, path) if run.workers.main else None
+        if not run.workers.agree(part is not None):
+            x, y = read_scores(predict, batches, run.workers, start, min(start + at_once, len(batches)))
+            part = Checkpoint(
+                {"x": x.astype("float32"), "y": y},
+                {"fingerprint": run.fingerprint, "unreadable": dict(batches.unreadable)},
+            )
+            if run.workers.main:
+                with checkpoints.told(path):
+                    path.parent.mkdir(exist_ok=True)
+                checkpoints.write_file(path, part.encode())
+        if run.workers.main:
+            batches.unreadable |= part.place["unreadable"]
+            vectors.append(part.arrays["x"])
+            labels.append(part.arrays["y"])
+    if not run.workers.main:
+        return np.zeros((0, 0), "float32"), np.zeros(0, "int64")
+    return np.concatenate(vectors), np.concatenate(labels)
+
+
+def _kept_part(run, path):
+    try:
+        part = Checkpoint.decode(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return part if part.place["fingerprint"] == run.fingerprint else None
 
 
 def _train_classifier(config, train, validation, class_weight):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,9 +44,11 @@ def main() -> int:
         run("mypy", ["mypy"]),
     ]
     command = ["pytest", "-q", "-W", "ignore", *arguments]
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool, tempfile.TemporaryDirectory() as cache:
+        # Tests, and the processes that they start, compile the same programs again and again.
+        compiled = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
         backends = chosen.backend or BACKENDS
-        parts += pool.map(lambda backend: run(backend, command, KERAS_BACKEND=backend), backends)
+        parts += pool.map(lambda backend: run(backend, command, KERAS_BACKEND=backend, **compiled), backends)
     print("\n== summary")
     passed = failed = 0
     for name, fine, seconds, last in parts:

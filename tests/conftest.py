@@ -18,6 +18,11 @@ settings.load_profile("default")
 BACKENDS = ("tensorflow", "jax", "torch")
 
 
+def once(test):
+    """Marks a test that takes long and says the same on each backend: it runs on PyTorch, on the others if slow."""
+    return test if keras.backend.backend() == "torch" else pytest.mark.slow(test)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(0)

@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_images
 
 import keras_mnv2
 from keras_mnv2.cli import _scoring, main
+from tests.conftest import once
 from tests.helpers import randomise
 
 
@@ -90,6 +91,7 @@ def test_evaluate(files, capsys, tmp_path):
     assert "got 'crane'" in err
 
 
+@once
 def test_a_whole_model_of_other_classes(capsys, tmp_path):
     model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=2)
     model.save(tmp_path / "model.keras")
@@ -216,6 +218,7 @@ def test_a_broken_image_ends_an_evaluation(files, capsys, tmp_path):
     assert "torn.png' cannot be read as an image" in err
 
 
+@once
 def test_export_of_integers_calibrated_on_photographs(files, capsys, tmp_path):
     folder, _ = files
     rows = [(1, 16, 1, 1), (6, 24, 2, 2)]
@@ -302,6 +305,7 @@ def test_mistakes_are_one_line_and_status_2(capsys, arguments, message):
     assert len(err.splitlines()) == 1
 
 
+@once
 def test_the_module_runs_as_a_command():
     command = [sys.executable, "-m", "keras_mnv2", "weights", "torchvision/*"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -8,10 +8,12 @@ import numpy as np
 from PIL import Image
 
 import keras_mnv2
+from tests.conftest import once
 
 PAGE = Path(__file__).parent.parent / "docs" / "transfer_learning.md"
 
 
+@once
 def test_the_transfer_script_learns(tmp_path, monkeypatch, rng):
     for part, number in (("train", 8), ("validation", 4)):
         for name, colour in (("blue", (20, 30, 200)), ("red", (210, 40, 30))):

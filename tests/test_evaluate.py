@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import keras_mnv2
+from tests.conftest import once
 from tests.helpers import randomise
 from training import evaluate
 
@@ -268,6 +269,7 @@ def test_the_command(model, saved, photographs, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["top1"] == pytest.approx(share)
 
 
+@once
 def test_the_command_loads_pytorch_before_tensorflow(photographs, tmp_path):
     write_torch(tmp_path / "means.pt2", 32)
     done = command(tmp_path / "means.pt2", "--dataset", photographs)

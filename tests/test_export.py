@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import keras_mnv2
+from tests.conftest import once
 from tests.helpers import note, randomise
 
 ROOT = Path(__file__).parent.parent
@@ -254,6 +255,7 @@ def test_what_cannot_be_folded_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@once
 def test_a_path_that_exists_is_kept_unless_it_may_be_replaced(decided, tmp_path):
     model, images = decided
     (tmp_path / "notes").mkdir()
@@ -379,6 +381,7 @@ keras_mnv2.export(model, sys.argv[1], sys.argv[2])
 """
 
 
+@once
 def test_an_interrupted_export_leaves_nothing(tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "a.xml"), "openvino"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -404,6 +407,7 @@ def test_load_export_names_what_it_can_load(tmp_path):
         keras_mnv2.load_export(tmp_path / "a.gguf")
 
 
+@once
 def test_the_documentations_code_runs_without_keras(decided, exported, tmp_path):
     images = decided[1][:6]
     np.save(tmp_path / "images.npy", images)

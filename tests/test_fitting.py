@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.helpers import note, run_python
+from tests.conftest import once
+from tests.helpers import note
 from training import checkpoints, fitting, train, transfer
 from training.checkpoints import Folder
 from training.stopping import Stopped
 
 BACKEND = keras.backend.backend()
+SLOW = pytest.mark.slow
 # Whatever has a state: dropout, an average of the weights, early stopping, random changes by Keras's layers.
 CHANGES = {"dropout": 0.2, "ema": 0.9, "early_stopping": 9, "erase": 0.2, "learning_rate": 0.02, "epochs": 3}
 
@@ -45,7 +47,7 @@ def stop_at(monkeypatch, config, epoch, step, number=signal.SIGTERM):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (1, 3), (2, 5)])
+@pytest.mark.parametrize(("epoch", "step"), [(1, 3), *(pytest.param(*at, marks=SLOW) for at in ((0, 1), (2, 5)))])
 def test_a_stopped_run_goes_on_bit_for_bit(epoch, step, dataset, uninterrupted, monkeypatch, tmp_path, capsys):
     config = runs.settings(dataset, tmp_path / "run", resume=True, **CHANGES)
     told = stop_at(monkeypatch, config, epoch, step)
@@ -65,6 +67,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(epoch, step, dataset, uninterrupted, 
     assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "run").iterdir()) == before
 
 
+@SLOW
 def test_a_run_can_stop_at_every_epochs_validation(dataset, uninterrupted, monkeypatch, tmp_path):
     config = runs.settings(dataset, tmp_path / "run", resume=True, checkpoint_seconds=1e6, **CHANGES)
     original = fitting.Validation.on_epoch_end
@@ -83,6 +86,7 @@ def test_a_run_can_stop_at_every_epochs_validation(dataset, uninterrupted, monke
     runs.assert_same(runs.outcome(tmp_path / "run"), uninterrupted)
 
 
+@SLOW
 def test_the_best_weights_of_an_early_stop_survive(dataset, monkeypatch, tmp_path):
     changes = {"learning_rate": 0.0, "epochs": 9, "early_stopping": 2, "steps_per_epoch": 2}
     train.run(runs.settings(dataset, tmp_path / "whole", **changes))
@@ -96,6 +100,7 @@ def test_the_best_weights_of_an_early_stop_survive(dataset, monkeypatch, tmp_pat
     assert len(found[1]) == 3
 
 
+@SLOW
 def test_a_transfer_goes_on_without_its_head_phase(dataset, monkeypatch, tmp_path):
     changes = {"head_epochs": 2, "unfreeze_from": "block_2", "optimizer": "adamw", "epochs": 1}
     train.run(runs.settings(dataset, tmp_path / "whole", **changes))
@@ -113,10 +118,11 @@ def test_the_features_of_a_head_are_computed_once(dataset, monkeypatch, tmp_path
     monkeypatch.setattr(transfer, "FEATURE_BATCHES", 3)
     train.run(runs.settings(dataset, tmp_path / "whole", **changes))
     config = runs.settings(dataset, tmp_path / "run", resume=True, **changes)
-    original, starts = transfer.read_scores, []
+    original, starts, signals = transfer.read_scores, [], []
 
     def read_scores(predict, batches, workers, start, until):
-        if start == 6 and len(starts) == 2:
+        if start == 6 and not signals:
+            signals.append(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
         starts.append((start, until))
         return original(predict, batches, workers, start, until)
@@ -135,6 +141,7 @@ def test_the_features_of_a_head_are_computed_once(dataset, monkeypatch, tmp_path
         np.testing.assert_array_equal(a, b)
 
 
+@SLOW
 def test_a_head_on_changed_images_goes_on_too(dataset, monkeypatch, tmp_path):
     changes = {"head_epochs": 2, "cache_features": False, "unfreeze_from": "block_2", "epochs": 1}
     train.run(runs.settings(dataset, tmp_path / "whole", **changes))
@@ -146,7 +153,7 @@ def test_a_head_on_changed_images_goes_on_too(dataset, monkeypatch, tmp_path):
     assert [len(table) for table in tables] == [3, 3]
 
 
-@pytest.mark.slow
+@SLOW
 def test_quantisation_aware_training_goes_on(dataset, monkeypatch, tmp_path):
     changes = {"quantize_epochs": 1, "epochs": 1}
     train.run(runs.settings(dataset, tmp_path / "whole", **changes))
@@ -192,16 +199,21 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_weights(d
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "checkpoints", "last_good.keras"}
 
 
-def test_checkpoints_come_by_steps_and_by_seconds(dataset, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"checkpoint_steps": 4, "checkpoint_seconds": 1e6}, [(0, 0), (0, 4), (1, 3), (0, 0)]),
+        pytest.param({"checkpoint_seconds": 0.0, "epochs": 1}, [*((0, step) for step in range(6)), (0, 0)], marks=SLOW),
+    ],
+    ids=["steps", "seconds"],
+)
+def test_checkpoints_come_by_steps_and_by_seconds(changes, expected, dataset, monkeypatch, tmp_path):
     written = []
     monkeypatch.setattr(
         Folder, "write", lambda self, checkpoint: written.append((checkpoint.place["epoch"], checkpoint.place["step"]))
     )
-    train.run(runs.settings(dataset, tmp_path / "steps", checkpoint_steps=4, checkpoint_seconds=1e6))
-    assert written == [(0, 0), (0, 4), (1, 3), (0, 0)]
-    written.clear()
-    train.run(runs.settings(dataset, tmp_path / "seconds", checkpoint_seconds=0.0, epochs=1))
-    assert written == [(0, 0), *((0, step) for step in range(1, 6)), (0, 0)]
+    train.run(runs.settings(dataset, tmp_path / "run", **changes))
+    assert written == expected
 
 
 def test_a_checkpoint_costs_little(dataset, tmp_path):
@@ -246,9 +258,7 @@ def killed(dataset, folder, kills, seed):
     return places
 
 
-@pytest.mark.parametrize(
-    ("kills", "seed"), [(2, 1), pytest.param(24, 2, marks=pytest.mark.slow)], ids=["a few", "many"]
-)
+@pytest.mark.parametrize(("kills", "seed"), [(2, 1), pytest.param(24, 2, marks=SLOW)], ids=["a few", "many"])
 def test_a_killed_run_ends_as_if_it_had_not_been(kills, seed, dataset, uninterrupted, tmp_path):
     places = killed(dataset, tmp_path / "run", kills, seed)
     note(f"kills, after {places}", len(places))
@@ -256,7 +266,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(kills, seed, dataset, uninterru
     runs.assert_same(runs.outcome(tmp_path / "run"), uninterrupted)
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="runs on all three backends, once")
+@once
 def test_a_run_goes_from_one_backend_to_the_next(dataset, tmp_path):
     changes = {"dataset": dataset, "ema": 0.9}
     relay, alone = str(tmp_path / "relay"), str(tmp_path / "alone")
@@ -283,6 +293,7 @@ mount -o remount,size=100m {folder} || exit 99
 """
 
 
+@once
 def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(dataset, uninterrupted, tmp_path):
     folder, out = tmp_path / "disk", tmp_path / "out"
     folder.mkdir(), out.mkdir()
@@ -335,8 +346,3 @@ def test_ctrl_c_ends_the_command_with_a_line_and_status_130(dataset, tmp_path):
     assert time.monotonic() - start < 10
     assert "which is saved: the same command with --resume goes on." in output
     assert "Traceback" not in output
-
-
-def test_the_library_alone_needs_none_of_it():
-    code = "import sys, keras_mnv2; print([name for name in sys.modules if name.startswith('training')])"
-    assert run_python(code, BACKEND).strip() == "[]"

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 import keras_mnv2
-from tests.conftest import BACKENDS
+from tests.conftest import BACKENDS, once
 from tests.helpers import double_precision, note, randomise, relative_difference, relative_norm, run_python
 from tests.peers import copy_keras_applications, copy_torchvision, exact_batch_norms, torch_pairs
 
@@ -170,6 +170,7 @@ np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), verbose=0))
 """
 
 
+@once
 def test_a_keras_file_gives_the_same_numbers_on_the_other_backends(tmp_path, rng):
     model = keras_mnv2.MobileNetV2((64, 64, 3), alpha=0.35, weights=None, classes=10, stochastic_depth=0.1)
     randomise(model, rng)

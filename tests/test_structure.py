@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import keras_mnv2
+from tests.conftest import once
 from tests.helpers import run_python
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +130,7 @@ def test_the_examples_of_docstrings_run(name, tmp_path, monkeypatch):
     assert doctest.testmod(module, globs=names).failed == 0
 
 
+@once
 def test_readmes_python_blocks_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks

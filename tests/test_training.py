@@ -22,7 +22,7 @@ from training.progress import duration
 from training.stopping import Stop
 from training.workers import Workers
 
-TINY = ["--epochs", "2", "--alpha", "0.1", "--stem-stride", "2"]
+TINY = ["--epochs", "2", "--alpha", "0.1", "--stages", *["1", "8", "1", "1", "6", "16", "2", "2", "6", "24", "1", "1"]]
 # Three stages, so that compiling is quick.
 STAGES = ((1, 8, 1, 1), (6, 16, 2, 2), (6, 24, 1, 1))
 COLOURS = {"blue": (20, 30, 200), "green": (30, 180, 40), "red": (210, 40, 30)}

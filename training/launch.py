@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Mapping
 
+from training.workers import LOST
+
 # After the end of one worker, the others have this long to say what they know before they are told to end.
 PATIENCE = 3.0
 # They may save after that, but no longer.
@@ -102,23 +104,23 @@ def free_ports(count: int) -> list[int]:
 
 def wait(workers: dict[int, subprocess.Popen]) -> int:
     """Waits for all; when one fails, ends the others, and says which it was."""
-    failed: int | None = None
+    order: list[int] = []
     deadline = float("inf")
     told = False
-    while any(worker.poll() is None for worker in workers.values()):
-        if failed is None:
-            failed = next((number for number, worker in workers.items() if worker.poll()), None)
-            if failed is not None:
-                deadline = time.monotonic() + PATIENCE
+    while len(order) < len(workers):
+        order += [number for number, worker in workers.items() if number not in order and worker.poll() is not None]
+        if deadline == float("inf") and any(workers[number].returncode for number in order):
+            deadline = time.monotonic() + PATIENCE
         elif time.monotonic() > deadline:
             tell(workers, signal.SIGKILL if told else signal.SIGTERM)
             told, deadline = True, time.monotonic() + LAST_SECONDS
         time.sleep(0.05)
-    codes = {number: worker.returncode for number, worker in workers.items()}
-    if not any(codes.values()):
+    # Those that ended because of another one say nothing of the reason.
+    codes = {number: workers[number].returncode for number in order if workers[number].returncode}
+    reasons = {number: code for number, code in codes.items() if code != LOST} or codes
+    if not reasons:
         return 0
-    failed = failed if failed is not None else next(number for number, code in codes.items() if code)
-    code = codes[failed]
+    failed, code = next(iter(reasons.items()))
     if code < 0:
         how = signal.Signals(-code).name
         print(f"Worker {failed} was ended by {how}, and with it the others.", file=sys.stderr)

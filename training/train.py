@@ -59,6 +59,9 @@ def run(config: Config, command: str = "") -> dict:
         check_packages(config)
         engine = engines.start(config.devices, config.deterministic)
         workers = connect(engine.number, engine.processes, engine.host, engine.exchange)
+        if workers.of > 1:
+            # JAX's and TensorFlow's coordination have handlers of their own, which nobody would ask.
+            stop.take_over()
         if not workers.main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:

@@ -69,10 +69,8 @@ def features_of(
         part = _kept_part(run, path) if run.workers.main else None
         if not run.workers.agree(part is not None):
             x, y = read_scores(predict, batches, run.workers, start, min(start + at_once, len(batches)))
-            part = Checkpoint(
-                {"x": x.astype("float32"), "y": y},
-                {"fingerprint": run.fingerprint, "unreadable": dict(batches.unreadable)},
-            )
+            place = {"fingerprint": run.fingerprint, "unreadable": dict(batches.unreadable)}
+            part = Checkpoint({"x": x.astype("float32"), "y": y}, place)
             if run.workers.main:
                 with checkpoints.told(path):
                     path.parent.mkdir(exist_ok=True)

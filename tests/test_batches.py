@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.test_workers import connected
 from training import augment, data
 from training.__main__ import RECIPES
 from training.batches import Batches, evaluation_batches, preprocessing, read_scores, training_batches
@@ -54,6 +55,50 @@ def test_images_that_fill_no_whole_batch_are_left_out_in_turn():
     assert all(len(out) == 2 for out in left)
     assert len(set.union(*left)) > 4
     assert len(batches_of(numbered(3), seed=0)) == 1
+
+
+def test_workers_share_the_rows_of_a_batch_as_one_would_have_them(rng):
+    images = rng.integers(0, 256, (24, 36, 40, 3), "uint8")
+    split = data.ArraySplit(images, np.arange(24) % 3)
+    config = dataclasses.replace(CONFIG, batch_size=12, pad=2, trivial_augment=True)
+    whole = training_batches(split, 3, config)
+    parts = [training_batches(split, 3, config, (number, 3)) for number in range(3)]
+    for epoch, index in ((0, 0), (0, 1), (5, 1)):
+        for expected, *found in zip(
+            whole.batch(epoch, index), *(part.batch(epoch, index) for part in parts), strict=True
+        ):
+            assert [len(rows) for rows in found] == [4, 4, 4]
+            np.testing.assert_array_equal(np.concatenate(found), expected)
+    # What Keras's layers draw is a worker's own.
+    erased = dataclasses.replace(config, trivial_augment=False, crop_area=None, flip=False, pad=0, erase=1.0, resize=32)
+    first, second = (training_batches(data.ArraySplit(images * 0, split.labels), 3, erased, (n, 2)) for n in range(2))
+    assert not np.array_equal(first.batch(0, 0)[0], second.batch(0, 0)[0])
+
+
+def test_workers_share_an_ordered_reading_batch_by_batch():
+    shares = [batches_of(numbered(), share=(number, 2)) for number in range(2)]
+    assert [numbers(batch) for batch in shares[0].stream(epochs=1)] == [[0, 1, 2, 3], [8, 9]]
+    assert [numbers(batch) for batch in shares[1].stream(epochs=1)] == [[4, 5, 6, 7]]
+    assert [i for i, _ in shares[0].numbered_stream(epochs=1, step=1)] == [2]
+    assert [i for i, _ in shares[0].numbered_stream(epochs=1, until=2)] == [0]
+
+
+def test_the_first_worker_gets_all_scores_in_order(tmp_path):
+    split = numbered()
+    shares = [batches_of(split, share=(number, 2)) for number in range(2)]
+    shares[1].unreadable["image 5"] = "torn"
+
+    def run(images):
+        return images[:, 0, 0, :]
+
+    def task(worker):
+        return read_scores(run, shares[worker.number], worker)
+
+    (scores, labels), (own, _) = connected(2, task)
+    np.testing.assert_array_equal(scores[:, 0], np.arange(10))
+    np.testing.assert_array_equal(labels, split.labels)
+    np.testing.assert_array_equal(own[:, 0], np.arange(4, 8))
+    assert shares[0].unreadable == {"image 5": "torn"}
 
 
 @pytest.mark.parametrize("workers", [1, 5])

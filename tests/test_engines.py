@@ -53,7 +53,7 @@ def test_half_the_batch_alone_gives_other_weights(dataset, alone, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(dataset, alone, tmp_path):
-    words = ["--workers", "2", *runs.flags(dataset, tmp_path / "run", devices=1)]
+    words = ["--processes", "2", *runs.flags(dataset, tmp_path / "run", devices=1)]
     output = runs.finish(runs.start("training.launch", words, BACKEND))
     assert output.count("Epoch 1/2") == 1
     assert_as_one(tmp_path / "run", alone, "processes")
@@ -70,7 +70,7 @@ def test_two_devices_train_as_one(dataset, alone, tmp_path):
 
 def test_two_processes_that_are_stopped_and_killed_train_as_one(dataset, alone, tmp_path):
     changes = {"checkpoint_steps": 1, "checkpoint_seconds": 1000, "resume": True, "devices": 1}
-    words = ["--workers", "2", *runs.flags(dataset, tmp_path / "run", **changes)]
+    words = ["--processes", "2", *runs.flags(dataset, tmp_path / "run", **changes)]
 
     launched = runs.start("training.launch", words, BACKEND)
     output = runs.read_until(launched, "2/5")
@@ -112,7 +112,7 @@ def environment_of(pid):
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_one(dataset, alone, tmp_path):
-    launched = runs.start("training.launch", ["--workers", "2", *runs.flags(dataset, tmp_path / "run")], BACKEND)
+    launched = runs.start("training.launch", ["--processes", "2", *runs.flags(dataset, tmp_path / "run")], BACKEND)
     runs.read_until(launched, "2/5")
     launched.send_signal(signal.SIGTERM)
     runs.finish(launched, 128 + signal.SIGTERM)
@@ -161,8 +161,8 @@ class Replicas(engines.Engine):
 @pytest.mark.parametrize(
     ("how", "batch", "rate", "warmup"), [("no", 64, 0.1, 1), ("linear", 256, 0.4, 5), ("sqrt", 256, 0.2, 5)]
 )
-def test_the_learning_rate_scales_with_the_workers(how, batch, rate, warmup, tmp_path):
-    config = runs.settings("digits", tmp_path, learning_rate=0.1, scale_with_workers=how, warmup_epochs=1)
+def test_the_learning_rate_scales_with_the_devices(how, batch, rate, warmup, tmp_path):
+    config = runs.settings("digits", tmp_path, learning_rate=0.1, scale_with_devices=how, warmup_epochs=1)
     found = train.scaled(config, Replicas())
     assert (found.batch_size, found.learning_rate, found.warmup_epochs) == (batch, pytest.approx(rate), warmup)
     assert train.scaled(config, engines.ONE_DEVICE) == config

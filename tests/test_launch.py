@@ -33,9 +33,9 @@ def test_free_ports_differ():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--workers", "0"], "at least 1, got 0"),
-        (["--workers", "2", "--host-number", "3"], "from 0 to 0, got 3"),
-        ([], "--workers"),
+        (["--processes", "0"], "at least 1, got 0"),
+        (["--processes", "2", "--host-number", "3"], "from 0 to 0, got 3"),
+        ([], "--processes"),
     ],
 )
 def test_a_bad_launch_is_one_sentence(words, message):
@@ -87,7 +87,7 @@ def test_a_signal_to_the_launch_reaches_each_worker_once():
         "original = subprocess.Popen\n"
         f"worker = {worker!r}\n"
         "launch.subprocess.Popen = lambda command, **options: original([sys.executable, '-c', worker], **options)\n"
-        "sys.argv = ['launch', '--workers', '2']\n"
+        "sys.argv = ['launch', '--processes', '2']\n"
         "sys.exit(launch.main())\n"
     )
     launched = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)

@@ -19,7 +19,7 @@ class Config:
     epochs: int
     """Passes over the training images; in a transfer, those of the fine-tuning."""
     batch_size: int
-    """Images a step, of all workers together; see `scale_with_workers`."""
+    """Images a step, of all workers together; see `scale_with_devices`."""
     learning_rate: float
     """Peak of the learning rate."""
     data_dir: Path | None = None
@@ -110,8 +110,8 @@ class Config:
     devices: int | None = None
     """Devices that this process trains on, on JAX and TensorFlow; by default all GPUs or TPU cores, or one CPU. More
     than there are CPUs are made of one."""
-    scale_with_workers: Literal["no", "linear", "sqrt"] = "no"
-    """What more workers, that is devices, change. `no`: nothing, they share a batch. Otherwise each has `batch_size`
+    scale_with_devices: Literal["no", "linear", "sqrt"] = "no"
+    """What more devices change. `no`: nothing, they share a batch. Otherwise each has `batch_size`
     images, and the learning rate is multiplied by their number (Goyal et al. 2017, section 2.1) or by its root, after
     at least five epochs of warm-up (section 2.2)."""
     deterministic: bool = False

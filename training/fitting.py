@@ -16,7 +16,7 @@ from training.checkpoints import Checkpoint
 from training.config import Config
 from training.engines import Engine
 from training.progress import Progress
-from training.stopping import Stop, Stopped
+from training.stopping import GRACE, Stop, Stopped
 from training.workers import Workers
 
 STOP, BAD = 1, 2  # Flags on which the workers agree after each step.
@@ -287,12 +287,15 @@ class Safety(keras.callbacks.Callback):
             self._write(self._take(0, None))
 
     def on_train_batch_begin(self, batch, logs=None):
+        self.begun = time.monotonic()
         self.run.engine.seed_step((self.config.seed, self.epoch, batch))
 
     def on_train_batch_end(self, batch, logs=None):
         step = batch + 1
         bad = not all(map(np.isfinite, logs.values()))
         flags = self.run.workers.agree(BAD * bad + STOP * (self.run.stop.signal is not None))
+        # A signal in the next step waits for it, however slow the steps are.
+        self.run.stop.grace = max(GRACE, 2 * (time.monotonic() - self.begun))
         if flags & BAD:
             self._diverged(f"The loss is {logs['loss']}", step)
         stopping = bool(flags & STOP)

@@ -1,4 +1,4 @@
-"""Starts a run in several processes: `python -m training.launch --workers N RECIPE [--field value ...]`.
+"""Starts a run in several processes: `python -m training.launch --processes N RECIPE [--field value ...]`.
 
 Each worker is the same command with the variables that its engine reads: torchrun's, Keras's or TF_CONFIG. On several
 machines the same line runs on each, with `--hosts A,B` and its own `--host-number`.
@@ -25,28 +25,32 @@ LAST_SECONDS = 30.0
 def main() -> int:
     """Starts the workers of this machine, waits for them, and gives the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m training.launch",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--workers", type=int, required=True, help="processes on each machine, one for each GPU")
+    parser.add_argument("--processes", type=int, required=True, help="workers on each machine, one for each GPU")
     parser.add_argument("--hosts", default="127.0.0.1", help="machines, separated by commas; the first coordinates")
     parser.add_argument("--host-number", type=int, default=0, help="which of the hosts this is, from 0")
     parser.add_argument("--port", type=int, default=0, help="first of the ports; on several machines 29400 by default")
-    options, command = parser.parse_known_args()
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the recipe and its fields")
+    options = parser.parse_args()
     hosts = options.hosts.split(",")
-    if options.workers < 1:
-        parser.error(f"--workers must be at least 1, got {options.workers}")
+    if options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}")
     if not 0 <= options.host_number < len(hosts):
         parser.error(f"--host-number must be from 0 to {len(hosts) - 1}, got {options.host_number}")
     if options.port or len(hosts) > 1:
         first = options.port or 29400
-        ports = [first + i for i in range(options.workers + 1)]
+        ports = [first + i for i in range(options.processes + 1)]
     else:
-        ports = free_ports(options.workers + 1)
-    numbers = [options.host_number * options.workers + i for i in range(options.workers)]
+        ports = free_ports(options.processes + 1)
+    numbers = [options.host_number * options.processes + i for i in range(options.processes)]
     started = {
         number: subprocess.Popen(
-            [sys.executable, "-m", "training", *command],
-            env={**os.environ, **environment(number, options.workers, hosts, ports, os.environ)},
+            [sys.executable, "-m", "training", *options.command],
+            env={**os.environ, **environment(number, options.processes, hosts, ports, os.environ)},
             # A terminal's Ctrl-C reaches them once, through this process.
             start_new_session=True,
         )

@@ -20,7 +20,7 @@ from training.workers import Workers
 # What may change when a run goes on: none of it changes what is computed.
 FREE = {
     "checkpoint_seconds", "checkpoint_steps", "data_dir", "dataset", "devices", "keep_checkpoints", "resume", "run_dir",
-    "saved_model", "scale_with_workers", "tensorboard", "workers",
+    "saved_model", "scale_with_devices", "tensorboard", "workers",
 }  # fmt: skip
 
 

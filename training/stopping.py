@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-# Seconds after which a step that does not end, such as a compilation, is given up.
+# Seconds after which a step that does not end, such as a compilation, is given up; more where steps are slow.
 GRACE = 8.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,13 +30,14 @@ class Stopped(BaseException):
 class Stop:
     """Whether a signal has asked for an end, and what a signal does.
 
-    Inside `waiting`, it sets `signal`, which the steps look at; a second signal, or a step that takes more than `GRACE`
+    Inside `waiting`, it sets `signal`, which the steps look at; a second signal, or a step that takes more than `grace`
     seconds, ends the process with what the last checkpoint holds. Elsewhere it raises `Stopped` where the main thread
     is.
     """
 
     def __init__(self):
         self.signal: int | None = None
+        self.grace = GRACE
         self._waits = False
         self._timer: threading.Timer | None = None
 
@@ -83,7 +84,9 @@ class Stop:
         self.signal = number
         if not self._waits:
             raise Stopped
-        self._timer = threading.Timer(GRACE, self._give_up, [f"the step did not end within {GRACE:.0f} seconds"])
+        self._timer = threading.Timer(
+            self.grace, self._give_up, [f"the step did not end within {self.grace:.0f} seconds"]
+        )
         self._timer.daemon = True
         self._timer.start()
 

@@ -91,6 +91,9 @@ def run_with(config: Config, command: str, engine: Engine, workers: Workers, sto
     validation, test = (
         evaluation_batches(split, classes, config, workers.share) for split in (dataset.validation, dataset.test)
     )
+    if len(dataset.train) < config.batch_size and engine.replicas > 1:
+        count = len(dataset.train)
+        raise ValueError(f"batch_size must be at most the {count} training images, got {config.batch_size}.")
     channels = train.image_shape[-1]
     size, evaluation_size = config.image_size, config.evaluation_size or config.image_size
     with engine.scope():
@@ -176,7 +179,7 @@ def end_at_once(error: BaseException, workers: Workers) -> NoReturn:
             workers.close()
         told, code = str(error) if workers.main else "", 128 + error.signal
     else:
-        plain = isinstance(error, (ValueError, ImportError, OSError)) and not os.environ.get("TRACE")
+        plain = isinstance(error, (ValueError, ImportError, OSError))
         told, code = f"{error}" if plain else "".join(traceback.format_exception(error)), 1
     sys.stdout.flush()
     if told:
@@ -310,8 +313,8 @@ def save(model: keras.Model, path: Path) -> None:
 def scaled(config: Config, engine: Engine) -> Config:
     """The settings with the batch and the learning rate of all workers."""
     workers = engine.replicas
-    if config.scale_with_workers != "no" and workers > 1:
-        factor = workers if config.scale_with_workers == "linear" else workers**0.5
+    if config.scale_with_devices != "no" and workers > 1:
+        factor = workers if config.scale_with_devices == "linear" else workers**0.5
         config = dataclasses.replace(
             config,
             batch_size=config.batch_size * workers,

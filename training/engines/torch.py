@@ -88,7 +88,7 @@ def start(devices, deterministic):
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         return ManyProcesses()
     if torch.cuda.device_count() > 1:
-        print(f"1 of {torch.cuda.device_count()} GPUs is used: python -m training.launch --workers N takes more.")
+        print(f"1 of {torch.cuda.device_count()} GPUs is used: python -m training.launch --processes N takes more.")
     return OneDevice()
 
 

@@ -17,10 +17,13 @@ settings.load_profile("default")
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
+# Marks of a parameter, likewise.
+ONCE = [pytest.mark.slow] if keras.backend.backend() != "torch" else []
+
 
 def once(test):
-    """Marks a test that takes long and says the same on each backend: it runs on PyTorch, on the others if slow."""
-    return test if keras.backend.backend() == "torch" else pytest.mark.slow(test)
+    """Marks a test that takes long and says much the same on each backend: it runs on PyTorch, elsewhere if slow."""
+    return pytest.mark.slow(test) if ONCE else test
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import runs
+from tests.conftest import once
 from tests.helpers import note
 from training import engines, train
 from training.workers import LOST
@@ -46,6 +47,7 @@ def assert_as_one(folder, alone, how):
             assert float(row[name]) == pytest.approx(float(value), abs=1e-4), name
 
 
+@once
 def test_half_the_batch_alone_gives_other_weights(dataset, alone, tmp_path):
     train.run(runs.settings(dataset, tmp_path / "run", batch_size=32))
     assert runs.difference(runs.outcome(tmp_path / "run"), alone) > 1e-2

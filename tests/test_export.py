@@ -187,6 +187,7 @@ def test_features_of_images_of_any_size(tmp_path):
         np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
 
 
+@once
 def test_a_users_sequential_model_and_mixed_precision(tmp_path):
     backbone = small(include_top=False, pooling="avg")
     user = keras.Sequential(
@@ -223,6 +224,7 @@ class Twice(keras.layers.Layer):
 FOREIGN = ("torch", "a.pt2") if keras.backend.backend() != "torch" else ("tf_saved_model", "a")
 
 
+@once
 def test_a_users_own_layer_crosses_over_where_it_can_be_imported(tmp_path, monkeypatch):
     (tmp_path / "own_layers.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)

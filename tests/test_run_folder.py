@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests import runs
+from tests.conftest import once
 from training import data, engines, fitting, run_folder, train
 from training.config import Config
 from training.recipes import digits
@@ -96,6 +97,7 @@ def test_a_data_set_that_has_changed_is_refused(change, folder):
     assert contents(folder / "run") == before
 
 
+@once
 def test_what_does_not_change_the_result_may_change(folder):
     (folder / "photos").rename(folder / "moved")
     changes = {"resume": True, "workers": 3, "checkpoint_seconds": 5.0, "keep_checkpoints": 1}
@@ -103,6 +105,7 @@ def test_what_does_not_change_the_result_may_change(folder):
     assert train.run(config)["test_images"] == 4
 
 
+@once
 def test_a_resume_without_a_run_starts_one(folder):
     config = settings(folder, resume=True)
     config = dataclasses.replace(config, run_dir=folder / "new")
@@ -114,6 +117,7 @@ def test_every_free_field_is_a_field():
     assert {field.name for field in dataclasses.fields(Config)} >= run_folder.FREE
 
 
+@once
 def test_a_torn_checkpoint_costs_no_more_than_its_steps(folder, capsys):
     newest = max((folder / "run" / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:-1])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import keras_mnv2
-from tests.conftest import once
+from tests.conftest import ONCE, once
 from tests.helpers import run_python
 
 ROOT = Path(__file__).parent.parent
@@ -118,7 +118,13 @@ def test_the_public_names():
         assert getattr(keras_mnv2, name).__doc__
 
 
-@pytest.mark.parametrize("name", sorted(FLOORS))
+# Their examples start processes.
+EXPORTING = ("export", "formats.runtimes")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=ONCE if name in EXPORTING else []) for name in sorted(FLOORS)]
+)
 def test_the_examples_of_docstrings_run(name, tmp_path, monkeypatch):
     active = {"ops.tensorflow", "ops.jax", "ops.torch"} - {f"ops.{keras.backend.backend()}"}
     if name in active:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import keras_mnv2
+from tests.conftest import ONCE
 from tests.golden import record_losses
 from tests.helpers import note, relative_difference
 from training import data, engines, fitting, memory, run_folder, schedules, train, transfer
@@ -75,7 +76,10 @@ def small(recipe, photographs, **changes):
     )
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "digits"])
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(n, marks=[] if n in ("transfer", "torchvision_v2") else ONCE) for n in RECIPES if n != "digits"],
+)
 def test_each_recipe_takes_two_steps(recipe, photographs, weights, tmp_path):
     changes = {"weights": weights, "unfreeze_from": "block_2", "head_epochs": 3} if recipe == "transfer" else {}
     if recipe == "torchvision_v2":

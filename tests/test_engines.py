@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -88,7 +89,7 @@ def test_two_processes_that_are_stopped_and_killed_train_as_one(dataset, alone, 
     launched = runs.start("training.launch", words, BACKEND)
     output = runs.read_until(launched, "Epoch 2/2")
     assert output.count("Goes on after step") == 1
-    children = os.popen(f"pgrep -P {launched.pid}").read().split()
+    children = Path(f"/proc/{launched.pid}/task/{launched.pid}/children").read_text().split()
     victim = next(pid for pid in children if "KERAS_DISTRIBUTION_PROCESS_ID=1" in environment_of(pid))
     start = time.monotonic()
     os.kill(int(victim), signal.SIGKILL)
@@ -108,8 +109,7 @@ def test_two_processes_that_are_stopped_and_killed_train_as_one(dataset, alone, 
 
 
 def environment_of(pid):
-    with open(f"/proc/{pid}/environ") as file:
-        return file.read().split("\0")
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ class Config:
     workers: int | None = None
     """Threads that read and change images; by default one a core, at most 16."""
     run_dir: Path | None = None
-    """Folder for the results, new or empty; by default runs/RECIPE-BACKEND-TIME."""
+    """Folder for the results, new or empty, or with `resume` that of the run; by default runs/RECIPE-BACKEND-TIME."""
     resume: bool = False
     """Whether the run in `run_dir` goes on from its last checkpoint, or starts if there is none."""
     checkpoint_seconds: float = 30.0

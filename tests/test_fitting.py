@@ -199,6 +199,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_weights(d
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "checkpoints", "last_good.keras"}
 
 
+@once
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -320,6 +321,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(dataset, uninterrupt
     runs.assert_same(runs.outcome(out), uninterrupted)
 
 
+@once
 def test_a_vanished_run_folder_ends_in_a_sentence(dataset, monkeypatch, tmp_path):
     original = fitting.Safety.on_train_batch_begin
 

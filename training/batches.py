@@ -146,15 +146,28 @@ class Batches(keras.utils.PyDataset):
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def for_fit(self, epoch: int = 0, step: int = 0) -> Any:
-        """The stream as `fit` takes it, together with `steps_per_epoch`."""
+    def for_fit(self, epoch: int = 0, step: int = 0, class_weight: dict[int, float] | None = None) -> Any:
+        """The stream as `fit` takes it, together with `steps_per_epoch`.
+
+        With weights of the classes each batch has those of its images too, by their largest label: `fit` takes
+        `class_weight` for no generator.
+        """
+
+        def stream():
+            for images, labels in self.stream(epoch, step):
+                if class_weight is None:
+                    yield images, labels
+                else:
+                    yield images, labels, np.array([class_weight[int(i)] for i in labels.argmax(1)], "float32")
+
         if keras.backend.backend() != "tensorflow":
-            return self.stream(epoch, step)
+            return stream()
         import tensorflow as tf
 
         # Keras would prefetch from a generator, and `waited` would be the time that its reader waits, not the training.
-        shapes = [tf.TensorSpec((None, *shape), tf.float32) for shape in (self.image_shape, (self.classes,))]
-        return tf.data.Dataset.from_generator(lambda: self.stream(epoch, step), output_signature=tuple(shapes))
+        shapes = [self.image_shape, (self.classes,), *([] if class_weight is None else [()])]
+        specs = tuple(tf.TensorSpec((None, *shape), tf.float32) for shape in shapes)
+        return tf.data.Dataset.from_generator(stream, output_signature=specs)
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:

@@ -178,12 +178,11 @@ def fit(
             last = epoch + 1 if step else config.epochs
             leg.start(step, state)
             model.fit(
-                train.for_fit(*divmod(epoch * steps + step, len(train))),
+                train.for_fit(*divmod(epoch * steps + step, len(train)), class_weight),
                 initial_epoch=epoch,
                 epochs=last,
                 steps_per_epoch=steps - step,
                 shuffle=False,  # Keras warns of a generator that it cannot shuffle.
-                class_weight=class_weight,
                 callbacks=[leg],
                 verbose=0,
             )

@@ -72,6 +72,12 @@ def test_one_that_does_not_want_to_end_is_ended(monkeypatch):
     assert started[0].returncode == -signal.SIGKILL
 
 
+def test_workers_that_do_not_hear_a_signal_are_ended(monkeypatch):
+    monkeypatch.setattr(launch, "LAST_SECONDS", 0.2)
+    started = children(SLEEP, SLEEP)
+    assert launch.wait(started, [time.monotonic()]) == 128 + signal.SIGKILL
+
+
 def test_a_signal_to_the_launch_reaches_each_worker_once():
     worker = (
         "import signal, time\n"

@@ -43,6 +43,8 @@ def main() -> None:
         run(config, repeated(name, arguments))
     except (ValueError, ImportError, OSError) as error:
         sys.exit(f"{error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr, flush=True)
         sys.exit(128 + stopped.signal)

@@ -12,14 +12,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from training.workers import LOST
 
 # After the end of one worker, the others have this long to say what they know before they are told to end.
 PATIENCE = 3.0
-# They may save after that, but no longer.
-LAST_SECONDS = 30.0
+# They may save after that, or after a signal to the launch, but no longer.
+LAST_SECONDS = 60.0
 
 
 def main() -> int:
@@ -56,9 +56,15 @@ def main() -> int:
         )
         for number in numbers
     }
+    asked: list[float] = []
+
+    def forward(signum, frame):
+        asked.append(time.monotonic())
+        tell(started, signum)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda signum, frame: tell(started, signum))
-    return wait(started)
+        signal.signal(number, forward)
+    return wait(started, asked)
 
 
 def environment(
@@ -106,8 +112,13 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def wait(workers: dict[int, subprocess.Popen]) -> int:
-    """Waits for all; when one fails, ends the others, and says which it was."""
+def wait(workers: dict[int, subprocess.Popen], asked: Sequence[float] = ()) -> int:
+    """Waits for all; when one fails, ends the others, and says which it was.
+
+    Args:
+        workers: by their numbers.
+        asked: when signals were sent to them, in seconds of the monotonic clock.
+    """
     order: list[int] = []
     deadline = float("inf")
     told = False
@@ -118,6 +129,8 @@ def wait(workers: dict[int, subprocess.Popen]) -> int:
         elif time.monotonic() > deadline:
             tell(workers, signal.SIGKILL if told else signal.SIGTERM)
             told, deadline = True, time.monotonic() + LAST_SECONDS
+        elif asked and time.monotonic() - asked[0] > LAST_SECONDS:
+            tell(workers, signal.SIGKILL)
         time.sleep(0.05)
     # Those that ended because of another one say nothing of the reason.
     codes = {number: workers[number].returncode for number in order if workers[number].returncode}

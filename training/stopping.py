@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 # Seconds after which a step that does not end, such as a compilation, is given up; more where steps are slow.
 GRACE = 8.0
@@ -47,16 +46,12 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = self.take_over()
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def take_over(self) -> dict[int, Any]:
-        """Makes the signals come here, and gives what handled them before."""
-        return {number: signal.signal(number, self._handle) for number in SIGNALS}
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

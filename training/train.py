@@ -54,14 +54,13 @@ def run(config: Config, command: str = "") -> dict:
         OSError: where the run folder cannot be written.
         Stopped: where a signal asked for the end.
     """
+    check_packages(config)
+    engine = engines.start(config.devices, config.deterministic)
+    workers = connect(engine.number, engine.processes, engine.host, engine.exchange)
     stop = Stop()
+    # Not before: until all workers are there an engine waits in code that no handler of Python's reaches, and JAX's and
+    # TensorFlow's coordination bring handlers of their own, which nobody would ask.
     with stop.handled():
-        check_packages(config)
-        engine = engines.start(config.devices, config.deterministic)
-        workers = connect(engine.number, engine.processes, engine.host, engine.exchange)
-        if workers.of > 1:
-            # JAX's and TensorFlow's coordination have handlers of their own, which nobody would ask.
-            stop.take_over()
         if not workers.main:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:

@@ -82,7 +82,7 @@ def test_two_processes_that_are_stopped_and_killed_train_as_one(dataset, alone, 
     launched.send_signal(signal.SIGTERM)
     output = runs.finish(launched, 128 + signal.SIGTERM)
     note("seconds from SIGTERM to the end of two processes", time.monotonic() - start)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 40
     assert "which is saved: the same command with --resume goes on." in output
     assert "has ended" not in output
 
@@ -95,7 +95,7 @@ def test_two_processes_that_are_stopped_and_killed_train_as_one(dataset, alone, 
     os.kill(int(victim), signal.SIGKILL)
     output = runs.finish(launched, 128 + signal.SIGKILL)
     note("seconds from the end of one worker to that of the launch", time.monotonic() - start)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 40
     assert "Worker 1 of 2 has ended, so worker 0 ends: the same command with --resume goes on" in output
     assert "Worker 1 was ended by SIGKILL, and with it the others." in output
 

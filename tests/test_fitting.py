@@ -350,6 +350,6 @@ def test_ctrl_c_ends_the_command_with_a_line_and_status_130(dataset, tmp_path):
     process.send_signal(signal.SIGINT)
     output = runs.finish(process, 130)
     note("seconds from Ctrl-C to the end", time.monotonic() - start)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 40
     assert "which is saved: the same command with --resume goes on." in output
     assert "Traceback" not in output

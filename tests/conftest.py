@@ -36,6 +36,14 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A small data set of arrays, as a file."""
+    from tests import runs
+
+    return runs.write_blocks(tmp_path_factory.mktemp("data") / "blocks.npz")
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also runs what takes minutes, or needs a download")
 

@@ -26,11 +26,6 @@ LAUNCHES = {
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return runs.write_blocks(tmp_path_factory.mktemp("data") / "blocks.npz")
-
-
-@pytest.fixture(scope="module")
 def alone(dataset, tmp_path_factory):
     """What one worker has at the full batch."""
     folder = tmp_path_factory.mktemp("alone") / "run"
@@ -82,7 +77,7 @@ def test_two_processes_that_are_stopped_and_killed_train_as_one(dataset, alone, 
     launched.send_signal(signal.SIGTERM)
     output = runs.finish(launched, 128 + signal.SIGTERM)
     note("seconds from SIGTERM to the end of two processes", time.monotonic() - start)
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 20
     assert "which is saved: the same command with --resume goes on." in output
     assert "has ended" not in output
 
@@ -95,7 +90,7 @@ def test_two_processes_that_are_stopped_and_killed_train_as_one(dataset, alone, 
     os.kill(int(victim), signal.SIGKILL)
     output = runs.finish(launched, 128 + signal.SIGKILL)
     note("seconds from the end of one worker to that of the launch", time.monotonic() - start)
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 20
     assert "Worker 1 of 2 has ended, so worker 0 ends: the same command with --resume goes on" in output
     assert "Worker 1 was ended by SIGKILL, and with it the others." in output
 

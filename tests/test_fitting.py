@@ -15,7 +15,7 @@ import pytest
 from tests import runs
 from tests.conftest import once
 from tests.helpers import note
-from training import checkpoints, fitting, train, transfer
+from training import callbacks, checkpoints, fitting, train, transfer
 from training.checkpoints import Folder
 from training.stopping import Stopped
 
@@ -23,11 +23,6 @@ BACKEND = keras.backend.backend()
 SLOW = pytest.mark.slow
 # Whatever has a state: dropout, an average of the weights, early stopping, random changes by Keras's layers.
 CHANGES = {"dropout": 0.2, "ema": 0.9, "early_stopping": 9, "erase": 0.2, "learning_rate": 0.02, "epochs": 3}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return runs.write_blocks(tmp_path_factory.mktemp("data") / "blocks.npz")
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +65,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(epoch, step, dataset, uninterrupted, 
 @SLOW
 def test_a_run_can_stop_at_every_epochs_validation(dataset, uninterrupted, monkeypatch, tmp_path):
     config = runs.settings(dataset, tmp_path / "run", resume=True, checkpoint_seconds=1e6, **CHANGES)
-    original = fitting.Validation.on_epoch_end
+    original = callbacks.Validation.on_epoch_end
     for epoch in range(3):
 
         def validate(self, now, logs=None, epoch=epoch):
@@ -79,7 +74,7 @@ def test_a_run_can_stop_at_every_epochs_validation(dataset, uninterrupted, monke
             original(self, now, logs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(fitting.Validation, "on_epoch_end", validate)
+            patch.setattr(callbacks.Validation, "on_epoch_end", validate)
             with pytest.raises(Stopped, match=f"after step 5 of 5 in epoch {epoch + 1}"):
                 train.run(config)
     train.run(config)
@@ -227,7 +222,7 @@ def test_a_checkpoint_costs_little(dataset, tmp_path):
     model.optimizer.build(model.trainable_variables)
     folder = Folder(tmp_path / "checkpoints")
     start = time.perf_counter()
-    state = checkpoints.take(model, fitting.metrics_variables(means), {})
+    state = checkpoints.take(model, callbacks.metrics_variables(means), {})
     taken = time.perf_counter()
     path = folder.write(state)
     note("seconds to take the state of MobileNetV2 1.0 with AdamW", taken - start)
@@ -315,7 +310,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(dataset, uninterrupt
     assert "== code 1" in done.stdout, done.stdout + done.stderr
     assert "could not be written: No space left on device." in done.stderr
     listed = done.stdout.partition("== code 1")[2].partition("Goes on")[0]
-    assert ".part" not in listed
+    assert "part_" not in listed
     assert ".checkpoint" in listed
     assert done.returncode == 0, done.stderr
     runs.assert_same(runs.outcome(out), uninterrupted)
@@ -323,14 +318,14 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(dataset, uninterrupt
 
 @once
 def test_a_vanished_run_folder_ends_in_a_sentence(dataset, monkeypatch, tmp_path):
-    original = fitting.Safety.on_train_batch_begin
+    original = callbacks.Safety.on_train_batch_begin
 
     def begin(self, batch, logs=None):
         original(self, batch, logs)
         if batch == 2:
             os.rename(tmp_path / "run", tmp_path / "elsewhere")
 
-    monkeypatch.setattr(fitting.Safety, "on_train_batch_begin", begin)
+    monkeypatch.setattr(callbacks.Safety, "on_train_batch_begin", begin)
     with pytest.raises(OSError, match="could not be written: No such file or directory"):
         train.run(runs.settings(dataset, tmp_path / "run", checkpoint_steps=1))
     assert not (tmp_path / "run").exists()
@@ -350,6 +345,6 @@ def test_ctrl_c_ends_the_command_with_a_line_and_status_130(dataset, tmp_path):
     process.send_signal(signal.SIGINT)
     output = runs.finish(process, 130)
     note("seconds from Ctrl-C to the end", time.monotonic() - start)
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 20
     assert "which is saved: the same command with --resume goes on." in output
     assert "Traceback" not in output

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests import runs
 from tests.conftest import once
-from training import data, engines, fitting, run_folder, train
+from training import data, engines, run_folder, train
 from training.config import Config
 from training.recipes import digits
 from training.stopping import Stop, Stopped
@@ -47,6 +47,17 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "least"),
+    [("keep_checkpoints", 0, 1), ("checkpoint_steps", 0, 1), ("checkpoint_seconds", -1.0, 0)],
+)
+def test_an_unfit_field_is_refused_before_anything_is_written(field, value, least, folder):
+    config = dataclasses.replace(settings(folder, **{field: value}), run_dir=folder / "new")
+    with pytest.raises(ValueError, match=f"{field} must be at least {least}, got {value}"):
+        train.run(config)
+    assert not (folder / "new").exists()
+
+
 def test_resume_needs_a_folder(folder):
     with pytest.raises(ValueError, match="resume needs run_dir"):
         train.run(dataclasses.replace(settings(folder), run_dir=None, resume=True))
@@ -57,7 +68,7 @@ def test_resume_needs_a_folder(folder):
     [
         ({}, "or resume given to go on in it"),
         ({"resume": True, "recipe": "digits"}, "holds a run of the recipe 'cifar10', not of 'digits'"),
-        ({"resume": True, "learning_rate": 0.5}, "can only go on as it was: learning_rate was 0.001 and is 0.5"),
+        ({"resume": True, "learning_rate": 0.5}, "can only go on as it was: learning_rate was 0.0005 and is 0.5"),
         ({"resume": True, "seed": 3, "epochs": 4}, "epochs was 2 and is 4, seed was 0 and is 3"),
     ],
 )
@@ -148,6 +159,6 @@ def test_workers_with_other_data_are_refused(tmp_path):
 
 
 def test_a_run_counts_its_seconds_over_all_starts(tmp_path):
-    run = fitting.Run(digits.CONFIG, tmp_path, engines.ONE_DEVICE, Workers(), Stop(), None, before=100.0)
+    run = run_folder.Run(digits.CONFIG, tmp_path, engines.ONE_DEVICE, Workers(), Stop(), None, before=100.0)
     assert 100 <= run.seconds < 101
     assert run.place("history", 1, 2)["seconds"] >= 100

@@ -189,7 +189,7 @@ def test_the_head_gives_the_model_what_it_gave_on_its_features(photographs, weig
     ordered, validation = (evaluation_batches(split, 3, config) for split in (dataset.train, dataset.validation))
     model = train.build_model(config, 3, 3, 32)
     before = model.get_layer("head").get_weights()
-    run = fitting.Run(config, tmp_path, engines.alone(), Workers(), Stop(), Folder(tmp_path))
+    run = run_folder.Run(config, tmp_path, engines.alone(), Workers(), Stop(), Folder(tmp_path))
     history = transfer.train_head(run, model, ordered, validation, train.balanced(dataset.train.labels, 3))
     best = int(np.argmin(history["val_loss"]))
     scores, labels = read_scores(model.predict_on_batch, validation)

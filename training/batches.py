@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import io
 import itertools
 import json
 import math
@@ -17,6 +16,7 @@ import numpy as np
 
 import keras_mnv2
 from training import augment
+from training.checkpoints import Checkpoint
 from training.config import Config
 from training.data import Split
 from training.workers import Workers
@@ -264,12 +264,13 @@ def read_scores(
     numbered = batches.numbered_stream(step=start, epochs=1, until=until)
     found = [(i, np.asarray(run(images)), labels.argmax(1)) for i, (images, labels) in numbered]
     if workers is not None and workers.of > 1:
-        parts = workers.gather(_encode(found, batches.unreadable))
-        for part in parts[1:]:
-            others, unreadable = _decode(part)
-            found += others
-            batches.unreadable |= unreadable
+        arrays = {f"{kind}/{i}": array for i, scores, labels in found for kind, array in (("x", scores), ("y", labels))}
+        for content in workers.gather(Checkpoint(arrays, {}).encode())[1:]:
+            other = Checkpoint.decode(content).arrays
+            indices = [name.removeprefix("x/") for name in other if name.startswith("x/")]
+            found += [(int(i), other[f"x/{i}"], other[f"y/{i}"]) for i in indices]
         found.sort(key=lambda one: one[0])
+        share_unreadable(batches, workers)
     if not found:
         return np.zeros((0, 0), "float32"), np.zeros(0, "int64")
     _, scores, labels = zip(*found, strict=True)
@@ -280,19 +281,6 @@ def share_unreadable(batches: Batches, workers: Workers) -> None:
     """Gives process 0 the names of the images that the others could not read."""
     for part in workers.gather(json.dumps(batches.unreadable).encode()):
         batches.unreadable |= json.loads(part)
-
-
-def _encode(found, unreadable):
-    buffer = io.BytesIO()
-    arrays = {f"{kind}{i}": array for i, scores, labels in found for kind, array in (("x", scores), ("y", labels))}
-    np.savez(buffer, unreadable=json.dumps(unreadable), **arrays)
-    return buffer.getvalue()
-
-
-def _decode(content):
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        indices = [int(name[1:]) for name in file.files if name.startswith("x")]
-        return [(i, file[f"x{i}"], file[f"y{i}"]) for i in indices], json.loads(str(file["unreadable"]))
 
 
 def resized(image: Any, how: keras_mnv2.Preprocessing, size: int) -> np.ndarray:

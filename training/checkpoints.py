@@ -1,19 +1,20 @@
 """Checkpoints of a run: everything that the next step depends on, in one file that any backend reads."""
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+
+from training import files
 
 FORMAT = 1
 HASH_BYTES = 16
@@ -124,10 +125,12 @@ class Folder:
 
     Args:
         path: of the folder, which is made with the first checkpoint.
-        keep: how many.
+        keep: how many, at least 1.
     """
 
     def __init__(self, path: Path, keep: int = 3):
+        if keep < 1:
+            raise ValueError(f"keep_checkpoints must be at least 1, got {keep}.")
         self.path = path
         self.keep = keep
 
@@ -141,20 +144,24 @@ class Folder:
         return self.path / f"{number:08d}.checkpoint"
 
     def write(self, checkpoint: Checkpoint) -> Path:
-        """Writes beside, flushes to the disk, moves into place, and removes the oldest.
+        """Writes a checkpoint, and removes the oldest.
 
         Raises:
             OSError: where that fails; the checkpoints are as before.
         """
         numbers = self.numbers()
         path = self.file((numbers[-1] if numbers else 0) + 1)
-        with told(path):
-            # Not with its parents: a run folder that has vanished is not made again.
-            self.path.mkdir(exist_ok=True)
-        write_file(path, checkpoint.encode())
-        for number in [*numbers, path][: -self.keep]:
+        self.write_beside(path, checkpoint)
+        for number in numbers[: max(0, len(numbers) + 1 - self.keep)]:
             self.file(number).unlink(missing_ok=True)
         return path
+
+    def write_beside(self, path: Path, checkpoint: Checkpoint) -> None:
+        """Writes something else that a run goes on from, under a name of its own in the folder."""
+        with files.told(path):
+            # Not with its parents: a run folder that has vanished is not made again.
+            self.path.mkdir(exist_ok=True)
+        files.write(path, checkpoint.encode())
 
     def remove(self) -> None:
         """Removes all checkpoints: the run is complete."""
@@ -170,38 +177,3 @@ class Folder:
                 print(f"{path} is {error}: the one before is taken", flush=True)
                 path.unlink()
         return None
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes beside and moves into place, so that no half file has the final name, not even after a power cut.
-
-    Raises:
-        OSError: where that fails, with a sentence that says where; nothing is left behind.
-    """
-    part = path.with_name(path.name + ".part")
-    with told(path):
-        try:
-            with open(part, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
-        if os.name == "posix":
-            # The folder too, or the new name may be lost.
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-
-@contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turns an OSError into one that says in a sentence that `path` could not be written, and why."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror or error}.") from error

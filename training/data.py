@@ -83,7 +83,7 @@ class FileSplit(Split):
         return str(self.paths[i])
 
     def fingerprint(self):
-        """Of names below the class folders, sizes and labels; a folder may move."""
+        """Of the files' names, with that of the folder that each lies in, sizes and labels; the data set may move."""
         return _hash(self.labels, *(f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in self.paths))
 
 

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from training import metrics
+from training import files, metrics
 
 SPLITS = ("test", "validation", "train", "all")
 SCALES = ("none", "keras")
@@ -178,7 +178,8 @@ def evaluate(
     if out is not None:
         folder = Path(out)
         for name, array in (("scores", scores), ("labels", labels)):
-            _write_array(folder / f"{name}.npy", array)
+            with files.beside(folder / f"{name}.npy") as part:
+                np.save(part, array)
         (folder / "mistakes.png").unlink(missing_ok=True)
         train.draw(scores, labels, ordered, names, folder)
         train.write_json(folder / "results.json", results)
@@ -414,13 +415,6 @@ def _mistakes(scores, labels, class_names, ordered):
 
 def _percent(share):
     return None if share is None else f"{share:.1%}"
-
-
-def _write_array(path, array):
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        np.save(file, array)
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

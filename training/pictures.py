@@ -1,13 +1,14 @@
 """Charts and sheets of pictures, as PNG files that are moved into place whole."""
 
 import math
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
+
+from training import files
 
 # Above this many classes the counts would not fit into the cells, and the names not beside them.
 MOST_COUNTS, MOST_NAMES = 20, 40
@@ -123,8 +124,5 @@ def _shortened(name):
 
 
 def _save(figure, path):
-    """Writes beside and moves into place, so that no half file has the final name."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)
+    with files.beside(Path(path)) as part:
+        figure.savefig(part, format="png", dpi=120)

@@ -1,10 +1,11 @@
 """The benchmark's tables and charts."""
 
-import os
 from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
+
+from training import files
 
 OURS = "keras_mnv2"
 PEERS = ("torchvision", "torchvision-folded", "onnxruntime", "openvino", "litert")
@@ -168,7 +169,6 @@ def draw_growth(points: list[dict], path: Path) -> None:
 
 
 def save(figure: matplotlib.figure.Figure, path: Path) -> None:
-    """Writes beside and moves into place, so that no half file has the final name."""
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=120)
-    os.replace(part, path)
+    """Writes a chart."""
+    with files.beside(path) as part:
+        figure.savefig(part, format="png", dpi=120)

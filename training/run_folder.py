@@ -1,19 +1,19 @@
-"""The run folder: new, or that of a run that goes on."""
+"""A run and its folder: new, or that of a run that goes on."""
 
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from training import checkpoints
+from training import checkpoints, files
 from training.checkpoints import Checkpoint
 from training.config import Config
 from training.data import Dataset
 from training.engines import Engine
-from training.fitting import Run
 from training.stopping import Stop
 from training.workers import Workers
 
@@ -24,12 +24,62 @@ FREE = {
 }  # fmt: skip
 
 
+@dataclasses.dataclass
+class Run:
+    """What all parts of a run share.
+
+    Attributes:
+        config: the settings, the learning rate and the batch as the workers have scaled them.
+        path: the run folder.
+        engine: of the backend.
+        workers: the processes.
+        stop: the signals.
+        folder: the checkpoints.
+        resumed: the checkpoint that the run goes on from, until its phase has taken it.
+        done: what the phases that have ended have found, by their names.
+        fingerprint: of the data set.
+        before: seconds of the run before this start.
+    """
+
+    config: Config
+    path: Path
+    engine: Engine
+    workers: Workers
+    stop: Stop
+    folder: checkpoints.Folder
+    resumed: Checkpoint | None = None
+    done: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fingerprint: dict[str, str] = dataclasses.field(default_factory=dict)
+    before: float = 0.0
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Of the run until now, over all its starts."""
+        return self.before + time.perf_counter() - self.started
+
+    def place(self, phase: str, epoch: int, step: int, **more: Any) -> dict[str, Any]:
+        """What a checkpoint says of where it was taken."""
+        own = {"backend": keras.backend.backend(), "seconds": self.seconds, "fingerprint": self.fingerprint}
+        return {"phase": phase, "epoch": epoch, "step": step, "done": self.done, **own, **more}
+
+    def phase(self, name: str, make: Callable[[], Any]) -> Any:
+        """What the phase `name` found: of an earlier start, or of `make` now."""
+        if name not in self.done:
+            self.done[name] = make()
+        return self.done[name]
+
+
 def look(config: Config) -> dict[str, Any] | None:
     """Checks the run folder before anything is loaded, and gives the metrics of a run that is complete.
 
     Raises:
         ValueError: where the folder is neither new nor that of the run that shall go on.
     """
+    for name in ("checkpoint_seconds", "checkpoint_steps"):
+        value, least = getattr(config, name), 1 if name == "checkpoint_steps" else 0
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
     path = config.run_dir
     if config.resume and path is None:
         raise ValueError("resume needs run_dir, the folder of the run that goes on.")
@@ -70,7 +120,7 @@ def open_run(config: Config, engine: Engine, workers: Workers, stop: Stop, datas
     run.fingerprint = fingerprint
     found = None
     if workers.main:
-        with checkpoints.told(path):
+        with files.told(path):
             path.mkdir(parents=True, exist_ok=True)
         found = run.folder.newest()
         if found is None:
@@ -94,7 +144,7 @@ def open_run(config: Config, engine: Engine, workers: Workers, stop: Stop, datas
 
 def write_json(path: Path, content: dict) -> None:
     """Writes beside and moves into place."""
-    checkpoints.write_file(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+    files.write(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 def _encoded(config):

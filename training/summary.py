@@ -1,13 +1,12 @@
 """The report of a run, in Markdown."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from training import metrics
+from training import files, metrics
 from training.config import Config
 from training.progress import duration
 
@@ -70,9 +69,7 @@ def write(
     settings = [(name, f"`{value}`") for name, value in dataclasses.asdict(config).items()]
     lines += ["## Settings", "", metrics.table(("field", "value"), settings), ""]
     lines += [", ".join(f"{package} {version}" for package, version in found["versions"].items())]
-    part = path.with_name(path.name + ".part")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    files.write(path, ("\n".join(lines) + "\n").encode())
 
 
 def _percent(share):

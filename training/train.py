@@ -1,5 +1,6 @@
 """A run from its configuration to its folder of results."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -7,6 +8,7 @@ import os
 import platform
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,14 +16,15 @@ import keras
 import numpy as np
 
 import keras_mnv2
-from training import checkpoints, data, engines, metrics, pictures, run_folder, summary, transfer
+from training import data, engines, files, metrics, pictures, run_folder, summary, transfer
 from training.batches import Batches, evaluation_batches, read_scores, share_unreadable, training_batches
+from training.callbacks import Diverged
 from training.checkpoints import Checkpoint
 from training.config import Config
 from training.engines import Engine
-from training.fitting import Diverged, Run, fit
+from training.fitting import fit
 from training.progress import duration
-from training.run_folder import write_json
+from training.run_folder import Run, write_json
 from training.stopping import Stop, Stopped
 from training.workers import Workers, connect
 
@@ -61,10 +64,9 @@ def run(config: Config, command: str = "") -> dict:
     # Not before: until all workers are there an engine waits in code that no handler of Python's reaches, and JAX's and
     # TensorFlow's coordination bring handlers of their own, which nobody would ask.
     with stop.handled():
-        if not workers.main:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:
-            found = run_with(config, command, engine, workers, stop)
+            with contextlib.nullcontext() if workers.main else quiet():
+                found = run_with(config, command, engine, workers, stop)
         except (Exception, Stopped) as error:
             if isinstance(error, Stopped):
                 error.signal = stop.signal or error.signal
@@ -125,7 +127,8 @@ def run_with(config: Config, command: str, engine: Engine, workers: Workers, sto
             with engine.alone():
                 final = for_inference(model, evaluation_size, weights)
                 # Before the test: its images may have faults that end the run.
-                save(final, this.path / "model.keras")
+                with files.beside(this.path / "model.keras") as part:
+                    final.save(part)
         scores, labels = read_scores(engine.predictor(model), test, workers)
         for batches in (train, validation):
             share_unreadable(batches, workers)
@@ -135,7 +138,7 @@ def run_with(config: Config, command: str, engine: Engine, workers: Workers, sto
         print(f"test accuracy {results['test_accuracy']:.2%} on {len(labels)} images")
         with engine.alone():
             if config.saved_model:
-                sample = first_images(dataset.test, classes, config)
+                sample = test[0][0][:SAMPLE]
                 report = keras_mnv2.export(final, this.path / "saved_model", labels=dataset.class_names, sample=sample)
                 results["saved_model_largest_difference"] = report.largest_difference
             if config.quantize_epochs:
@@ -169,6 +172,13 @@ def run_with(config: Config, command: str, engine: Engine, workers: Workers, sto
     this.folder.remove()
     print(f"{duration(results['seconds'])} in all, results in {this.path}")
     return results
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, nothing is printed: the first process tells what all do. Errors are."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def end_at_once(error: BaseException, workers: Workers) -> NoReturn:
@@ -232,6 +242,7 @@ def head_phase(
 ) -> dict[str, Any]:
     """Trains the classifier alone, and gives its seconds and its accuracy on the test images."""
     config = run.config
+    begun = run.phase("head_begun", lambda: run.seconds)
     if config.cache_features:
         ordered = evaluation_batches(dataset.train, train.classes, config, run.workers.share)
         transfer.train_head(run, model, ordered, validation, class_weight)
@@ -239,7 +250,7 @@ def head_phase(
         transfer.freeze(model, "predictions")
         alone = dataclasses.replace(config, learning_rate=config.head_learning_rate, epochs=config.head_epochs)
         fit(run, alone, "head_history", model, train, validation, class_weight)
-    seconds = run.seconds
+    seconds = run.seconds - begun
     scores, labels = read_scores(run.engine.predictor(model), test, run.workers)
     if not run.workers.main:
         return {}
@@ -293,20 +304,9 @@ def keep_good_weights(run: Run, model: keras.Model, size: int, error: Diverged) 
     if place["phase"] == "quantize_history":
         return f"{error} {run.path / 'model.keras'} has the weights before the quantisation."
     path = run.path / "last_good.keras"
-    save(for_inference(model, size, error.checkpoint.group("weights")), path)
+    with files.beside(path) as part:
+        for_inference(model, size, error.checkpoint.group("weights")).save(part)
     return f"{error} The last good weights, after step {place['step']} in epoch {place['epoch'] + 1}, are in {path}."
-
-
-def save(model: keras.Model, path: Path) -> None:
-    """Saves a `.keras` file beside, and moves it into place."""
-    part = path.with_name(f"part_{path.name}")
-    with checkpoints.told(path):
-        try:
-            model.save(part)
-            os.replace(part, path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
 
 
 def scaled(config: Config, engine: Engine) -> Config:
@@ -370,11 +370,6 @@ def quantize(run: Run, model: keras.Model, dataset: data.Dataset) -> dict[str, f
         accuracies[f"{name}_tflite_test_accuracy"] = metrics.top_k(scores, labels, 1)
         print(f"{path.name}: test accuracy {accuracies[f'{name}_tflite_test_accuracy']:.2%} in LiteRT")
     return accuracies
-
-
-def first_images(split: data.Split, classes: int, config: Config) -> np.ndarray:
-    """What exported files are compared on."""
-    return evaluation_batches(split, classes, config)[0][0][:SAMPLE]
 
 
 def draw(scores: np.ndarray, labels: np.ndarray, test: Batches, class_names: tuple[str, ...], run_dir: Path) -> None:

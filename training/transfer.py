@@ -6,10 +6,9 @@ import keras
 import numpy as np
 
 import keras_mnv2
-from training import checkpoints
 from training.batches import Batches, read_scores
 from training.checkpoints import Checkpoint
-from training.fitting import Run
+from training.run_folder import Run
 
 # Feature vectors a step: they are small, and a step costs its overhead alone.
 HEAD_BATCH = 128
@@ -72,9 +71,7 @@ def features_of(
             place = {"fingerprint": run.fingerprint, "unreadable": dict(batches.unreadable)}
             part = Checkpoint({"x": x.astype("float32"), "y": y}, place)
             if run.workers.main:
-                with checkpoints.told(path):
-                    path.parent.mkdir(exist_ok=True)
-                checkpoints.write_file(path, part.encode())
+                run.folder.write_beside(path, part)
         if run.workers.main:
             batches.unreadable |= part.place["unreadable"]
             vectors.append(part.arrays["x"])

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from training.engines import Engine as OneDevice
 
+ROLES = ("chief", "worker")
+
 
 class TensorFlowEngine(OneDevice):
     """Each replica computes with its rows; gradients and means are added up, batch norms see the whole batch.
@@ -26,9 +28,12 @@ class TensorFlowEngine(OneDevice):
         self.replicas = strategy.num_replicas_in_sync
         self._traced = weakref.WeakKeyDictionary()
         if config is not None:
-            workers = config["cluster"]["worker"]
-            self.number, self.processes = int(config["task"]["index"]), len(workers)
-            self.host = workers[0].rpartition(":")[0]
+            # The chief, where there is one, comes before the workers.
+            chiefs, workers = (config["cluster"].get(role, []) for role in ROLES)
+            role, index = config["task"]["type"], int(config["task"]["index"])
+            self.number = index + (len(chiefs) if role == "worker" else 0)
+            self.processes = len(chiefs) + len(workers)
+            self.host = [*chiefs, *workers][0].rpartition(":")[0]
 
     def scope(self):
         return self._strategy.scope()
@@ -60,8 +65,7 @@ class TensorFlowEngine(OneDevice):
 
         @tf.function
         def global_step(*parts):
-            means = strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(replica_step, args=parts), axis=None)
-            return means
+            return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(replica_step, args=parts), axis=None)
 
         def function(iterator):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(next(iterator))
@@ -104,13 +108,17 @@ def start(devices, deterministic):
     if deterministic:
         tf.config.experimental.enable_op_determinism()
     config = json.loads(os.environ.get("TF_CONFIG") or "null")
+    cluster = (config or {}).get("cluster", {})
+    several = sum(len(cluster.get(role, [])) for role in ROLES) > 1
+    if several and (role := config.get("task", {}).get("type")) not in ROLES:
+        raise ValueError(f"TF_CONFIG must have a task of type {' or '.join(ROLES)}, got {role!r}.")
     gpus = tf.config.list_physical_devices("GPU")
     if devices is not None and len(gpus) not in (0, devices):
         raise ValueError(f"devices must be the {len(gpus)} GPUs (CUDA_VISIBLE_DEVICES chooses), got {devices}.")
     if devices is not None and not gpus:
         (cpu,) = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * devices)
-    if config is not None and len(config["cluster"]["worker"]) > 1:
+    if several:
         return TensorFlowEngine(tf.distribute.MultiWorkerMirroredStrategy(), config)
     own = [device.name for device in tf.config.list_logical_devices("GPU" if gpus else "CPU")]
     return TensorFlowEngine(tf.distribute.MirroredStrategy(own), None) if len(own) > 1 else OneDevice()

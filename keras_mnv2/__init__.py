@@ -6,6 +6,7 @@ from keras_mnv2.evaluation import evaluation_data
 from keras_mnv2.export import ExportReport, export
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats.runtimes import load_export
+from keras_mnv2.freeze import freeze, unfreeze
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.preprocessing import decode_predictions, load_image, preprocess_input, resize_and_crop
 from keras_mnv2.quantize import quantize_aware
@@ -24,6 +25,7 @@ __all__ = [
     "evaluation_data",
     "export",
     "fold_batch_norm",
+    "freeze",
     "layers",
     "list_weights",
     "load_export",
@@ -33,4 +35,5 @@ __all__ = [
     "quantize_aware",
     "resize_and_crop",
     "save_weights",
+    "unfreeze",
 ]

@@ -51,6 +51,20 @@ def data_format_name(data_format):
     return data_format
 
 
+def is_plain_batch_norm(norm, data_format):
+    """Whether `norm` is a batch norm over the channels with scale and shift, whose formula is that of the paper."""
+    channels = -1 if data_format == "channels_last" else 1
+    return (
+        isinstance(norm, keras.layers.BatchNormalization)
+        and norm.scale
+        and norm.center
+        and norm.axis in (channels, channels % 4)
+        and not norm.renorm
+        # Statistics over replicas are Keras's own business on TensorFlow.
+        and not (norm.synchronized and keras.backend.backend() == "tensorflow")
+    )
+
+
 def norm_config(norm_layer):
     """The form in which a layer keeps `norm_layer`: None, a name, or a serialised prototype.
 

@@ -1,14 +1,17 @@
-"""From the plan to a functional Keras model."""
+"""From the plan to a functional Keras model: the graph of the network."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_mnv2.architecture import Row
 from keras_mnv2.arguments import activation_function
 from keras_mnv2.initializers import Normal
-from keras_mnv2.layers import ConvNormActivation
+from keras_mnv2.layers.block import Convolution, convolutions, join
+from keras_mnv2.layers.compact import ConvNormActivation, kernel_initializer, make_norm
+from keras_mnv2.layers.parts import Add, Conv2D, DepthwiseConv2D, ReLU, ZeroPadding2D
+from keras_mnv2.ops.padding import spatial_padding
 
 
 def feature_names(rows: Sequence[Row]) -> dict[str, str]:
@@ -25,20 +28,21 @@ def feature_names(rows: Sequence[Row]) -> dict[str, str]:
 def apply_rows(
     x: Any,
     rows: Sequence[Row],
-    block: Callable[..., keras.layers.Layer],
+    block: Callable[..., keras.layers.Layer] | None,
     stochastic_depth: float,
     features: Sequence[str] = (),
     **common: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Runs `x` through one layer a row.
+    """Runs `x` through the rows.
 
     Args:
         x: Keras tensor, NHWC or NCHW.
         rows: of `keras_mnv2.architecture.plan`.
-        block: makes the layer of a block row, with the arguments of `InvertedResidual`.
+        block: makes the layer of a block row, with the arguments of `InvertedResidual`; None for a layer each
+            operation.
         stochastic_depth: rate of the last block; it rises linearly from 0 (Huang et al. 2016).
         features: names of `feature_names` whose tensors are wanted; rows behind the last are left out.
-        **common: arguments that every layer takes.
+        **common: arguments that every layer takes, of `InvertedResidual`.
 
     Returns:
         The last row's tensor, and the wanted tensors by name.
@@ -51,15 +55,18 @@ def apply_rows(
     blocks = [row.name for row in rows if row.kind == "block"]
     tensors = {}
     for row in rows:
-        if row.kind == "block":
-            extra: dict[str, Any] = {}
-            if stochastic_depth and len(blocks) > 1:
-                extra["stochastic_depth"] = stochastic_depth * blocks.index(row.name) / (len(blocks) - 1)
+        drop = 0.0
+        if row.kind == "block" and stochastic_depth and len(blocks) > 1:
+            drop = stochastic_depth * blocks.index(row.name) / (len(blocks) - 1)
+        if block is None:
+            x, tensors[f"{row.name}_expand"] = _open_row(x, row, drop, **common)
+        elif row.kind == "block":
+            extra: dict[str, Any] = {"stochastic_depth": drop} if drop else {}
             if row.stride == 1 and row.in_channels == row.channels and not row.residual:
                 extra["shortcut"] = None
             if f"{row.name}_expand" in features:
                 extra["return_expansion"] = True
-            layer = block(
+            x = block(
                 row.channels,
                 stride=row.stride,
                 expand_ratio=row.expansion,
@@ -67,8 +74,7 @@ def apply_rows(
                 name=row.name,
                 **common,
                 **extra,
-            )
-            x = layer(x)
+            )(x)
             if extra.get("return_expansion"):
                 x, tensors[f"{row.name}_expand"] = x
         else:
@@ -78,14 +84,89 @@ def apply_rows(
     return x, {name: tensors[name if name.endswith("_expand") else sources[name]] for name in features}
 
 
+class _Names(NamedTuple):
+    """Of the layers of a unit; `batch_norm` or, of another normalisation, `norm`."""
+
+    conv: str
+    batch_norm: str
+    norm: str
+    activation: str
+    pad: str
+
+
+def _open_row(x, row, drop, data_format, **common):
+    """A row as a layer each operation, with the names of `keras.applications`: its output and its expanded input."""
+    common |= {"data_format": data_format}
+    if row.kind != "block":
+        spec = Convolution("conv", row.channels, 3 if row.kind == "stem" else 1, row.stride, 1, False, True)
+        names = _Names("Conv1", "bn_Conv1", "Conv1_norm", "Conv1_relu", "Conv1_pad")
+        if row.kind == "head":
+            names = _Names("Conv_1", "Conv_1_bn", "Conv_1_norm", "out_relu", "")
+        y = _unit(x, spec, names, **common)
+        return y, y
+
+    prefix = row.name if row.name != "block_0" else "expanded_conv"
+
+    def part(spec):
+        name = f"{prefix}_{spec.part}"
+        names = _Names(name, f"{name}_BN", f"{name}_norm", f"{name}_relu", f"{prefix}_pad")
+        return lambda x: _unit(x, spec, names, **common)
+
+    def add(shortcut, branch):
+        if drop:
+            branch = keras.layers.Dropout(
+                drop, noise_shape=(None, 1, 1, 1), name=f"{prefix}_drop", dtype=common["dtype"]
+            )(branch)
+        return Add(name=f"{prefix}_add", dtype=common["dtype"])([shortcut, branch])
+
+    specs = convolutions(row.in_channels, row.channels, row.stride, row.expansion, row.dilation)
+    return join(x, {spec.part: part(spec) for spec in specs}, add, "bottleneck" if row.residual else None)
+
+
+def _unit(x, spec, names, *, padding, activation, norm_layer, norm_momentum, norm_epsilon, data_format, dtype):
+    """A convolution with its padding, normalisation and activation."""
+    own = {"data_format": data_format, "dtype": dtype}
+    keras_padding = "same"
+    if spec.stride > 1 and (spec.depthwise or padding == "symmetric"):
+        size = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
+        zeros = spatial_padding(padding, (spec.kernel_size,) * 2, size, spec.stride, spec.dilation)
+        # With sides that are not known yet TensorFlow's zeros are not either: the convolution finds them itself.
+        keras_padding = "valid" if zeros is not None else "same"
+        x = ZeroPadding2D(tuple(map(tuple, zeros or ((0, 0), (0, 0)))), name=names.pad, **own)(x)
+    arguments: dict[str, Any] = {
+        "kernel_size": spec.kernel_size,
+        "strides": spec.stride,
+        "padding": keras_padding if spec.kernel_size > 1 or spec.part != "conv" else "valid",
+        "dilation_rate": spec.dilation,
+        "use_bias": norm_layer is None,
+        "name": names.conv,
+        **own,
+    }
+    initializer = kernel_initializer(spec.kernel_size, spec.filters)
+    if spec.depthwise:
+        x = DepthwiseConv2D(depthwise_initializer=initializer, **arguments)(x)
+    else:
+        x = Conv2D(spec.filters, kernel_initializer=initializer, **arguments)(x)
+    own = {"name": names.batch_norm if norm_layer in ("batch_norm", "sync_batch_norm") else names.norm, "dtype": dtype}
+    norm = make_norm(norm_layer, spec.filters, norm_momentum, norm_epsilon, data_format, **own)
+    if norm is not None:
+        x = norm(x)
+    if not spec.activated or activation is keras.activations.linear:
+        return x
+    if activation in (keras.activations.relu6, keras.activations.relu):
+        limit = 6.0 if activation is keras.activations.relu6 else None
+        return ReLU(limit, name=names.activation, dtype=dtype)(x)
+    return keras.layers.Activation(activation, name=names.activation, dtype=dtype)(x)
+
+
 def classify(x: Any, classes: int, dropout: float, activation: Any, data_format: str, policy: keras.DTypePolicy) -> Any:
     """Pooling, dropout and the classifier, as torchvision's and Keras's top.
 
     In mixed precision the classifier computes in float32, so that the softmax and the loss are exact.
     """
-    x = keras.layers.GlobalAveragePooling2D(data_format=data_format, name="global_pool", dtype=policy)(x)
+    x = keras.layers.GlobalAveragePooling2D(data_format=data_format, dtype=policy)(x)
     if dropout:
-        x = keras.layers.Dropout(dropout, name="dropout", dtype=policy)(x)
+        x = keras.layers.Dropout(dropout, dtype=policy)(x)
     return keras.layers.Dense(
         classes,
         activation=activation_function("classifier_activation", activation),

@@ -20,7 +20,8 @@ from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, runtimes
 from keras_mnv2.formats.graphs import TRACED_SIDE, named, output_names, write_exported_program, write_saved_model
 from keras_mnv2.preprocessing import imagenet_labels, scales_pixels
-from keras_mnv2.quantize import is_quantized, layers_of
+from keras_mnv2.quantize import is_quantized
+from keras_mnv2.rewrite import layers_of
 
 
 @dataclass(frozen=True)

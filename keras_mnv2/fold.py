@@ -5,26 +5,37 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mnv2.layers import ConvNormActivation, InvertedResidual, ScaleShift
+from keras_mnv2.arguments import is_plain_batch_norm
+from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
+from keras_mnv2.layers.parts import Conv2D, DepthwiseConv2D
 from keras_mnv2.quantize import RANGE, QuantizedConvNormActivation, QuantizedInvertedResidual
+from keras_mnv2.rewrite import rewrite
 
 _CONVOLUTIONS = (ConvNormActivation, QuantizedConvNormActivation)
 _BLOCKS = (InvertedResidual, QuantizedInvertedResidual)
+# Keras's classes, and this package's of the same name, with the class of the folded layer.
+_FOLDED = {
+    keras.layers.Conv2D: Conv2D,
+    Conv2D: Conv2D,
+    keras.layers.DepthwiseConv2D: DepthwiseConv2D,
+    DepthwiseConv2D: DepthwiseConv2D,
+}
 
 
 def fold_batch_norm(model: keras.Model) -> keras.Model:
     """Gives a new model without batch normalisation that computes what `model` computes in inference.
 
     Each batch norm is an affine map once its statistics are fixed; the kernel before it takes up the scale
-    and a bias the shift (Jacob et al. 2018, section 3.2, equation 14). Batch norms that the caller added
-    outside this package's layers become a `keras_mnv2.layers.ScaleShift`. `model` keeps its weights.
+    and a bias the shift (Jacob et al. 2018, section 3.2, equation 14). A batch norm behind something else than a
+    convolution, or whose convolution is read elsewhere too, becomes a `keras_mnv2.layers.ScaleShift`. `model` keeps
+    its weights.
 
     Args:
         model: a functional or sequential model, also one that holds others, with or without layers of this
             package.
 
     Returns:
-        A model of the same structure and layer names, saved and trained like any other; compiled in the
+        A model of the same layers and names but the batch norms, saved and trained like any other; compiled in the
         same way if `model` was.
 
     Raises:
@@ -40,27 +51,34 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
     """
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ValueError(f"model must be a built functional or sequential Keras model, got {model!r}.")
-    pairs: list[tuple[Any, Any]] = []
-
-    def clone(layer):
-        copy = _without_batch_norm(layer)
-        pairs.append((layer, copy))
-        return copy
-
-    folded = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    folded, pairs, merged = rewrite(model, _without_batch_norm, _with_bias)
     for layer, copy in pairs:
         _copy_weights(layer, copy)
+    for unit, copy in merged:
+        kernel = keras.ops.convert_to_numpy(unit.conv.kernel)
+        bias = 0.0 if unit.conv.bias is None else keras.ops.convert_to_numpy(unit.conv.bias)
+        kernel, bias = _folded(unit.norm, kernel, bias, type(copy) is DepthwiseConv2D)
+        copy.kernel.assign(kernel)
+        copy.bias.assign(bias)
     return folded
+
+
+def _with_bias(unit):
+    """The convolution of a unit with a bias, which takes in its batch norm."""
+    kind: Any = _FOLDED.get(type(unit.conv))
+    if unit.norm is None or kind is None or not is_plain_batch_norm(unit.norm, unit.conv.data_format):
+        return None
+    return kind.from_config({**unit.conv.get_config(), "use_bias": True}), (unit.norm,)
 
 
 def _without_batch_norm(layer):
     """A new layer like `layer`, or an operation like it, with other layers in the place of batch norms."""
     config = layer.get_config()
-    if type(layer) in _CONVOLUTIONS and _is_batch_norm(layer):
+    if type(layer) in _CONVOLUTIONS and _has_batch_norm(layer):
         return type(layer).from_config({**config, "norm_layer": None})
-    if type(layer) in _BLOCKS and _is_batch_norm(layer.project):
+    if type(layer) in _BLOCKS and _has_batch_norm(layer.project):
         return type(layer).from_config({**config, "norm_layer": None})
-    if type(layer) is keras.layers.BatchNormalization:
+    if _is_batch_norm(layer):
         common = {key: config[key] for key in ("name", "trainable", "dtype")}
         return ScaleShift(axis=layer.axis, **common)
     # By name: nothing public lists the layers inside one.
@@ -72,9 +90,13 @@ def _without_batch_norm(layer):
     return type(layer).from_config(config)
 
 
-def _is_batch_norm(conv):
+def _is_batch_norm(layer):
+    return isinstance(layer, keras.layers.BatchNormalization) and type(layer).__module__.startswith("keras")
+
+
+def _has_batch_norm(conv):
     channels = -1 if conv.data_format == "channels_last" else 1
-    return type(conv.norm) is keras.layers.BatchNormalization and conv.norm.axis in (channels, channels % 4)
+    return _is_batch_norm(conv.norm) and conv.norm.axis in (channels, channels % 4)
 
 
 def _copy_weights(layer, copy):
@@ -102,14 +124,18 @@ def _copy_weights(layer, copy):
 def _fold(conv, copy):
     if type(conv) is QuantizedConvNormActivation:
         # By the layer's own arithmetic: a last bit more or less would round some weights to another level.
-        kernel, bias = conv.folded(conv.norm.moving_mean, conv.norm.moving_variance)
+        kernel, bias = conv.folded(conv.norm.moving_mean.value, conv.norm.moving_variance.value)
+        kernel, bias = keras.ops.convert_to_numpy(kernel), keras.ops.convert_to_numpy(bias)
     else:
-        scale, bias = _scale_and_shift(conv.norm)
-        # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
-        along = scale if conv.groups == 1 else scale[:, None]
-        kernel = keras.ops.convert_to_numpy(conv.kernel) * along
-    copy.kernel.assign(keras.ops.convert_to_numpy(kernel))
-    copy.bias.assign(keras.ops.convert_to_numpy(bias))
+        kernel, bias = _folded(conv.norm, keras.ops.convert_to_numpy(conv.kernel), 0.0, conv.groups > 1)
+    copy.kernel.assign(kernel)
+    copy.bias.assign(bias)
+
+
+def _folded(norm, kernel, bias, depthwise):
+    scale, shift = _scale_and_shift(norm)
+    # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
+    return kernel * (scale[:, None] if depthwise else scale), shift + bias * scale
 
 
 def _copy_ranges(layer, copy):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,7 +9,6 @@ from typing import Any
 
 import keras
 
-from keras_mnv2 import ops
 from keras_mnv2.architecture import plan
 from keras_mnv2.arguments import (
     activation_function,
@@ -22,7 +20,8 @@ from keras_mnv2.arguments import (
     norm_config,
 )
 from keras_mnv2.build import apply_rows, classify, feature_names
-from keras_mnv2.layers import NORM_EPSILON, NORM_MOMENTUM, InvertedResidual
+from keras_mnv2.layers.compact import NORM_EPSILON, InvertedResidual
+from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.ops.padding import PADDINGS
 from keras_mnv2.preprocessing import preprocessing_layer
 from keras_mnv2.weights.load import checkpoint_of, classes_of, load_source, read_source
@@ -37,20 +36,6 @@ DEFAULTS: dict[str, Any] = {
     "padding": "same",
     "norm_epsilon": NORM_EPSILON,
 }
-
-
-@keras.saving.register_keras_serializable("keras_mnv2")
-class Network(keras.Model):
-    """A functional model that, in inference, runs for some images at a time where `ops` finds that faster."""
-
-    def call(self, inputs, training=None, mask=None):
-        def run(x):
-            return super(Network, self).call(x, training=training, mask=mask)
-
-        if training or mask is not None or not hasattr(inputs, "shape") or None in inputs.shape[1:]:
-            return run(inputs)
-        # At alpha 1.0 the widest tensor, the expansion of block_1, has eight times the numbers of the image.
-        return ops.network_in_chunks(run, inputs, 8 * math.prod(inputs.shape[1:]))
 
 
 def MobileNetV2(
@@ -73,7 +58,7 @@ def MobileNetV2(
     fix_stem_head: bool | None = None,
     activation: str | Callable | None = "relu6",
     padding: str | None = None,
-    norm_momentum: float = NORM_MOMENTUM,
+    norm_momentum: float = 0.9,
     norm_epsilon: float | None = None,
     stochastic_depth: float = 0.0,
     stem_stride: int = 2,
@@ -197,7 +182,7 @@ def MobileNetV2(
     x, tensors = apply_rows(
         x,
         rows,
-        InvertedResidual if block is None else block,
+        block,
         stochastic_depth,
         names,
         padding=padding,
@@ -213,15 +198,15 @@ def MobileNetV2(
     elif include_top:
         x = classify(x, classes, dropout, classifier_activation, data_format, policy)
     elif pooling == "avg":
-        x = keras.layers.GlobalAveragePooling2D(data_format=data_format, name="global_pool", dtype=policy)(x)
+        x = keras.layers.GlobalAveragePooling2D(data_format=data_format, dtype=policy)(x)
     elif pooling == "max":
-        x = keras.layers.GlobalMaxPooling2D(data_format=data_format, name="global_pool", dtype=policy)(x)
+        x = keras.layers.GlobalMaxPooling2D(data_format=data_format, dtype=policy)(x)
 
     # The model takes in what `input_tensor` was computed from.
     sources = keras.utils.get_source_inputs(image)
     inputs = sources[0] if len(sources) == 1 else sources
     # A block of the caller's may keep losses or states of its own, which a loop over chunks would lose.
-    model_class = Network if block is None else keras.Model
+    model_class = MobileNetV2Model if block in (None, InvertedResidual) else keras.Model
     model = model_class(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
     if source is not None:
         # The classifier stays as it is where the file has one of another width, or none.
@@ -284,7 +269,7 @@ def _image_input(input_shape, input_tensor, side, data_format):
     if input_shape is None:
         input_shape = (side, side, 3) if data_format == "channels_last" else (3, side, side)
     _check_image_shape("input_shape", input_shape, data_format)
-    return keras.Input(tuple(input_shape), name="image")
+    return keras.Input(tuple(input_shape))
 
 
 def _check_image_shape(name, shape, data_format):

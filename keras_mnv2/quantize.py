@@ -1,14 +1,16 @@
 """Quantisation-aware training: a model that computes with the rounding of 8-bit integers, and learns with it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_mnv2 import ops
-from keras_mnv2.arguments import check_choice, check_rate
-from keras_mnv2.layers import ConvNormActivation, InvertedResidual, ScaleShift
+from keras_mnv2.arguments import check_choice, check_rate, is_plain_batch_norm
+from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
+from keras_mnv2.layers.fusing import Part
+from keras_mnv2.ops.padding import spatial_padding
+from keras_mnv2.rewrite import layers_of, rewrite
 
 # Signed weights without -128, so that they are symmetric (Jacob et al. 2018, section 3.1).
 WEIGHT_LEVELS = 127
@@ -92,21 +94,15 @@ def quantize_aware(model: keras.Model) -> keras.Model:
     given = model.inputs[0]
     image = keras.Input(batch_shape=given.shape, dtype=given.dtype, name=given.name)
     rounded = FakeQuantize(name="input_range")(image)
-    pairs: list[tuple[Any, Any]] = []
-
-    def clone(layer):
-        copy = _quantized(layer)
-        pairs.append((layer, copy))
-        return copy
 
     def call(layer, *args, **kwargs):
         return layer(*(rounded if x is image else x for x in args), **kwargs)
 
-    quantized = keras.models.clone_model(
-        model, input_tensors=_like(model.input, image), clone_function=clone, call_function=call, recursive=True
-    )
+    quantized, pairs, merged = rewrite(model, _quantized, _quantized_unit, _like(model.input, image), call)
     for layer, copy in pairs:
         _copy_weights(layer, copy)
+    for unit, copy in merged:
+        _copy_unit(unit, copy)
     return quantized
 
 
@@ -115,18 +111,92 @@ def is_quantized(model: keras.Model) -> bool:
     return any(isinstance(layer, FakeQuantize | QuantizedConvNormActivation) for layer in layers_of(model))
 
 
-def layers_of(model: Any) -> Iterator[Any]:
-    """The layers of a model, and those of models and wrappers among them."""
-    for layer in [model.layer] if isinstance(model, keras.layers.Wrapper) else getattr(model, "layers", ()):
-        yield layer
-        yield from layers_of(layer)
-
-
 def _like(structure, tensor):
     """`tensor` in the structure of a model's one input: itself, a list or a dict."""
     if isinstance(structure, dict):
         return dict.fromkeys(structure, tensor)
     return type(structure)([tensor]) if isinstance(structure, list | tuple) else tensor
+
+
+def _quantized_unit(unit):
+    """A convolution with its batch norm and activation as one layer, which folds and rounds."""
+    conv, norm = unit.conv, unit.norm
+    _check_policy(conv)
+    if norm is not None and not is_plain_batch_norm(norm, conv.data_format):
+        return None
+    depthwise = isinstance(conv, keras.layers.DepthwiseConv2D)
+    if (norm is None and conv.bias is None) or len(set(conv.kernel_size)) > 1:
+        return None
+    padding, left_out = _padding_of(unit)
+    new = QuantizedConvNormActivation(
+        conv.kernel.shape[2 if depthwise else 3],
+        kernel_size=conv.kernel_size[0],
+        stride=conv.strides[0],
+        groups=conv.kernel.shape[2] if depthwise else 1,
+        padding=padding,
+        dilation_rate=conv.dilation_rate[0],
+        activation=_activation_of(unit),
+        norm_layer="batch_norm" if norm is not None else None,
+        norm_momentum=norm.momentum if norm is not None else 0.9,
+        norm_epsilon=norm.epsilon if norm is not None else 1e-3,
+        data_format=conv.data_format,
+        kernel_regularizer=conv.depthwise_regularizer if depthwise else conv.kernel_regularizer,
+        frozen=_frozen_parts(conv, norm),
+        name=conv.name,
+        dtype=conv.dtype_policy,
+    )
+    return new, left_out
+
+
+def _frozen_parts(conv, norm):
+    return [*["kernel"] * (not conv.trainable), *["norm"] * (norm is not None and not norm.trainable)]
+
+
+def _padding_of(unit):
+    """The padding of a unit by name, and the layers that its new layer makes superfluous."""
+    conv, left_out = unit.conv, [layer for layer in (unit.norm, unit.activation) if layer is not None]
+    if unit.pad is None:
+        return conv.padding, tuple(left_out)
+    size = unit.start.shape[1:3] if conv.data_format == "channels_last" else unit.start.shape[2:4]
+    for name in ("same", "symmetric"):
+        zeros = spatial_padding(name, conv.kernel_size, size, conv.strides[0], conv.dilation_rate[0])
+        if zeros is not None and [tuple(pair) for pair in zeros] == [tuple(pair) for pair in unit.pad.padding]:
+            return name, (unit.pad, *left_out)
+    return conv.padding, tuple(left_out)
+
+
+def _activation_of(unit):
+    layer = unit.activation
+    if layer is None:
+        return unit.conv.activation
+    if not isinstance(layer, keras.layers.ReLU):
+        return layer.activation
+    if layer.negative_slope or layer.threshold or layer.max_value not in (None, 6):
+        raise ValueError(f"model must have plain ReLU or ReLU6 layers to be quantised, got {layer.get_config()!r}.")
+    return "relu6" if layer.max_value == 6 else "relu"
+
+
+def _copy_unit(unit, copy):
+    for name in ("kernel", "bias"):
+        if getattr(copy, name) is not None:
+            getattr(copy, name).assign(keras.ops.convert_to_numpy(getattr(unit.conv, name)))
+    for name in ("gamma", "beta", "moving_mean", "moving_variance") if unit.norm is not None else ():
+        getattr(copy.norm, name).assign(keras.ops.convert_to_numpy(getattr(unit.norm, name)))
+
+
+def _stock(kind):
+    """Keras's class of a layer of one operation; other classes stay."""
+    return (
+        next((base for base in kind.__mro__ if base.__module__.startswith("keras.")), kind)
+        if issubclass(kind, Part)
+        else kind
+    )
+
+
+def _check_policy(layer):
+    policy = getattr(layer, "dtype_policy", None)
+    if policy is not None and policy.compute_dtype != "float32":
+        raise ValueError(f"model must compute in float32 to be quantised, got {policy.name} in {layer.name!r}.")
 
 
 def _quantized(layer):
@@ -137,9 +207,7 @@ def _quantized(layer):
         ScaleShift: QuantizedScaleShift,
         keras.layers.Dense: QuantizedDense,
     }
-    policy = getattr(layer, "dtype_policy", None)
-    if policy is not None and policy.compute_dtype != "float32":
-        raise ValueError(f"model must compute in float32 to be quantised, got {policy.name} in {layer.name!r}.")
+    _check_policy(layer)
     if getattr(layer, "norm_layer", None) not in _NORMS:
         raise ValueError(
             f'model must have norm_layer="batch_norm" or None to be quantised, got {layer.norm_layer!r} in the layer '
@@ -150,10 +218,11 @@ def _quantized(layer):
     if type(layer) in (keras.layers.Rescaling, keras.layers.Normalization):
         axis = layer.axis[0] if isinstance(layer, keras.layers.Normalization) else -1
         return QuantizedScaleShift(axis=axis, name=layer.name, trainable=False, dtype=layer.dtype_policy)
-    if type(layer) in _MOVING:
-        return type(layer).from_config(layer.get_config())
-    if type(layer) in _COMPUTING:
-        return QuantizedOutput(type(layer).from_config(layer.get_config()), name=layer.name, dtype=layer.dtype_policy)
+    kind = _stock(type(layer))
+    if kind in _MOVING:
+        return kind.from_config(layer.get_config())
+    if kind in _COMPUTING:
+        return QuantizedOutput(kind.from_config(layer.get_config()), name=layer.name, dtype=layer.dtype_policy)
     raise ValueError(
         f"model must consist of layers that can be quantised, those of keras_mnv2 and Keras's Dense, poolings, "
         f"activations and the like, got the layer {layer.name!r} of type {type(layer).__name__}."
@@ -263,20 +332,24 @@ class QuantizedConvNormActivation(ConvNormActivation):
         self.output_range.build(self.compute_output_shape(input_shape))
 
     def call(self, inputs, training=None):
-        norm = self.norm
+        norm, convolve = self.norm, self._unit.convolve
         if norm is None:
             kernel, bias = self.kernel.value, self.bias.value
         else:
-            mean, variance = norm.moving_mean, norm.moving_variance
+            mean, variance = norm.moving_mean.value, norm.moving_variance.value
             if training and norm.trainable:
                 axes = [0, 1, 2] if self.data_format == "channels_last" else [0, 2, 3]
-                mean, variance = keras.ops.moments(self._convolve(inputs, self.kernel.value), axes)
-                keep = norm.momentum
+                mean, variance = keras.ops.moments(convolve(inputs, self.kernel.value), axes)
                 for moving, value in ((norm.moving_mean, mean), (norm.moving_variance, variance)):
-                    moving.assign(moving * keep + keras.ops.stop_gradient(value) * (1 - keep))
+                    found = keras.ops.stop_gradient(value)
+                    moving.assign(ops.moving_average(moving.value, found, norm.momentum))
             kernel, bias = self.folded(mean, variance)
-        y = self.activation(self._convolve(inputs, self._rounded(kernel), bias))
+        y = self.activation(convolve(inputs, self._rounded(kernel), bias))
         return self.output_range(y, training=training)
+
+    def folded(self, mean, variance):
+        """Kernel and bias that compute the convolution and its batch norm with these statistics."""
+        return self._unit.folded(self.kernel.value, mean, variance)
 
     def _rounded(self, kernel):
         # A depthwise kernel has its channels on the axis before the last.

@@ -9,16 +9,89 @@ from keras import ops
 from keras_mnv2.ops.padding import Padding, spatial_padding
 
 
-def lay_out_kernel(kernel: Any) -> None:
-    """Orders a new kernel, a Keras variable, in memory as the backend reads it; its shape and values stay."""
-
-
-def calls_directly(x: Any, dtype: str) -> bool:
-    """Whether a layer that computes in `dtype` may skip Keras's bookkeeping for `x` in eager inference.
+def runs_directly(layer: Any, inputs: Any, training: Any) -> bool:
+    """Whether a layer of one operation may skip Keras's bookkeeping for these inputs.
 
     It costs 0.1 to 0.2 ms a layer where nothing is compiled, and finds nothing to do.
+
+    Args:
+        layer: of `keras_mnv2.layers`.
+        inputs: a tensor, or a list of them.
+        training: as it was handed down; None where it was not.
     """
     return False
+
+
+def run_later(call: Any) -> Any:
+    """The output of a call that is computed once somebody needs it, or None where it is computed at once.
+
+    Args:
+        call: of `keras_mnv2.layers.fusing`; its `evaluate()` computes it.
+    """
+    return None
+
+
+def versions(call: Any) -> Any:
+    """A number that changes with the variables and images that a call reads, or None where nobody counts."""
+    return None
+
+
+def note(output: Any, call: Any) -> Any:
+    """Gives `output`, and remembers which call it is of where that helps those that read it."""
+    return output
+
+
+def call_of(x: Any) -> Any:
+    """The call that `x` is the output of, where one is known."""
+    return None
+
+
+def numbers(x: Any) -> Any:
+    """`x` as a tensor that can be read."""
+    return x
+
+
+def settled(x: Any) -> Any:
+    """`x` as a tensor that can be read, computed as part of its block where it is the end of one."""
+    return x
+
+
+def folds_noted(x: Any) -> bool:
+    """Whether a batch norm in inference should fold itself into the convolution that gave `x`."""
+    return False
+
+
+def is_watched(layer: Any) -> bool:
+    """Whether somebody has asked to be told of each call of `layer`."""
+    return False
+
+
+def fold(
+    kernel: Any, depthwise: bool, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float
+) -> tuple[Any, Any]:
+    """Kernel and bias that compute a convolution and its batch norm (Jacob et al. 2018, equation 14).
+
+    Args:
+        kernel: (height, width, in, out), or (height, width, channels, 1) of a depthwise convolution.
+        depthwise: which of the two.
+        gamma: scale, (channels,).
+        beta: shift, (channels,).
+        mean: (channels,).
+        variance: (channels,).
+        epsilon: what is added to the variance.
+
+    Returns:
+        A kernel of the same shape, and a bias (channels,).
+    """
+    scale = gamma * ops.rsqrt(variance + epsilon)
+    # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
+    along = ops.expand_dims(scale, -1) if depthwise else scale
+    return kernel * along, beta - mean * scale
+
+
+def moving_average(moving: Any, value: Any, momentum: float) -> Any:
+    """`moving * momentum + value * (1 - momentum)`."""
+    return moving * momentum + value * (1 - momentum)
 
 
 def block_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int) -> Any:
@@ -59,7 +132,8 @@ def convolution(
         kernel: (height, width, in, out).
         bias: (out,), or None.
         stride: of both sides.
-        padding: `"same"` as TensorFlow pads, or `"symmetric"` as PyTorch does.
+        padding: `"same"` as TensorFlow pads, `"symmetric"` as PyTorch does, `"valid"`, or the zeros before and after
+            each side.
         dilation: of both sides; above 1 only with stride 1.
         data_format: `"channels_last"` or `"channels_first"`.
 
@@ -120,6 +194,17 @@ def batch_normalization(
     mean, variance = ops.moments(wide, axes=axes)
     y = ops.batch_normalization(wide, mean, variance, axis=axis, offset=beta, scale=gamma, epsilon=epsilon)
     return ops.cast(y, x.dtype), mean, variance
+
+
+def normalize(
+    x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float, data_format: str = "channels_last"
+) -> Any:
+    """Normalises by given statistics, as in inference; arguments as for `batch_normalization`."""
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    wide = ops.cast(x, "float32") if dtype in ("float16", "bfloat16") else x
+    axis = -1 if data_format == "channels_last" else 1
+    y = ops.batch_normalization(wide, mean, variance, axis=axis, offset=beta, scale=gamma, epsilon=epsilon)
+    return ops.cast(y, dtype)
 
 
 def fake_quantize(x: Any, minimum: Any, maximum: Any) -> Any:

@@ -4,6 +4,7 @@ XLA runs grouped convolutions in a slow generic loop on CPUs, forward and backwa
 convolutions of `keras.ops` are the vendor's and stay.
 """
 
+import weakref
 from functools import partial
 
 import jax
@@ -14,11 +15,18 @@ from jax import lax
 from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import spatial_padding
 
-calls_directly = default.calls_directly
-fake_quantize = default.fake_quantize
-lay_out_kernel = default.lay_out_kernel
-relu6 = default.relu6
 batch_normalization = default.batch_normalization
+fake_quantize = default.fake_quantize
+fold = default.fold
+folds_noted = default.folds_noted
+is_watched = default.is_watched
+moving_average = default.moving_average
+normalize = default.normalize
+numbers = default.numbers
+relu6 = default.relu6
+run_later = default.run_later
+runs_directly = default.runs_directly
+versions = default.versions
 
 
 # Of hidden activations: two images of alpha 1.0 at 224x224. The memory that XLA takes for a call is then below
@@ -42,6 +50,32 @@ def block_in_chunks(function, x, hidden_size):
 
 
 network_in_chunks = block_in_chunks
+
+# The call of each tensor of a block that is being traced, by the tensor's identity, for as long as it lives.
+_calls: dict[int, tuple] = {}
+
+
+def note(output, call):
+    """See `keras_mnv2.ops.default.note`: what reads the end of a block then computes the block in chunks.
+
+    While compiling alone: the compiler leaves out what nobody reads, here the block layer by layer.
+    """
+    if isinstance(output, jax.core.Tracer) and _on_cpu() and keras.distribution.distribution() is None:
+        key = id(output)
+        _calls[key] = (weakref.ref(output, lambda _: _calls.pop(key, None)), call)
+    return output
+
+
+def call_of(x):
+    """See `keras_mnv2.ops.default.call_of`."""
+    reference, call = _calls.get(id(x), (None, None))
+    return call if reference is not None and reference() is x else None
+
+
+def settled(x):
+    """See `keras_mnv2.ops.default.settled`."""
+    call = call_of(x)
+    return call.evaluate(x) if call is not None and call.ends_block else x
 
 
 def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):

@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 from typing import Literal
 
-Padding = Literal["same", "symmetric"]
+Pairs = Sequence[tuple[int, int]]
+Padding = Literal["same", "symmetric", "valid"] | Pairs
 PADDINGS = ("same", "symmetric")
 
 
 def spatial_padding(
     padding: Padding, kernel_size: Sequence[int], size: Sequence[int | None], stride: int, dilation: int
-) -> list[tuple[int, int]] | None:
+) -> Pairs | None:
     """Zeros before and after each spatial axis.
 
     Args:
         padding: `"same"`, TensorFlow's: just enough for ceil(size / stride) outputs, the odd zero at the
-            end; or `"symmetric"`, PyTorch's: `(k - 1) // 2 * dilation` on both sides.
+            end; `"symmetric"`, PyTorch's: `(k - 1) // 2 * dilation` on both sides; `"valid"`, none; or the zeros
+            themselves.
         kernel_size: (height, width).
         size: (height, width) of the image; None where it is not known yet.
         stride: of both sides.
@@ -28,8 +30,12 @@ def spatial_padding(
     >>> spatial_padding("same", (3, 3), (224, 224), 2, 1), spatial_padding("symmetric", (3, 3), (224, 224), 2, 1)
     ([(0, 1), (0, 1)], [(1, 1), (1, 1)])
     """
+    if not isinstance(padding, str):
+        return padding
     if padding == "symmetric":
         return [((k - 1) // 2 * dilation,) * 2 for k in kernel_size]
+    if padding == "valid":
+        return [(0, 0) for _ in kernel_size]
     pairs = []
     for k, n in zip(kernel_size, size, strict=True):
         if stride == 1:

@@ -9,11 +9,38 @@ import tensorflow as tf
 from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import spatial_padding
 
-calls_directly = default.calls_directly
 block_in_chunks = default.block_in_chunks
-lay_out_kernel = default.lay_out_kernel
+fold = default.fold
+is_watched = default.is_watched
+moving_average = default.moving_average
 network_in_chunks = default.network_in_chunks
+normalize = default.normalize
+numbers = default.numbers
 relu6 = tf.nn.relu6
+run_later = default.run_later
+runs_directly = default.runs_directly
+versions = default.versions
+settled = default.settled
+
+
+def note(output, call):
+    """See `keras_mnv2.ops.default.note`: a batch norm then folds itself into the convolution before it.
+
+    In a graph alone, which leaves out what nobody reads: here the convolution without the batch norm.
+    """
+    if not tf.executing_eagerly():
+        output._keras_mnv2_call = call
+    return output
+
+
+def call_of(x):
+    """See `keras_mnv2.ops.default.call_of`."""
+    return getattr(x, "_keras_mnv2_call", None)
+
+
+def folds_noted(x):
+    """See `keras_mnv2.ops.default.folds_noted`."""
+    return call_of(x) is not None
 
 
 def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
@@ -63,10 +90,12 @@ def fake_quantize(x, minimum, maximum):
 
 
 def _padded(x, kernel, stride, padding):
-    # With stride 1 both conventions are TensorFlow's own "SAME" for a kernel of odd sides. Explicit
-    # paddings would save the copy, but the depthwise kernel aborts the process on them (2.21).
-    if padding == "same" or (stride == 1 and kernel.shape[0] % 2 == 1):
+    # Explicit paddings would save the copy, but the depthwise kernel aborts the process on them (2.21).
+    if padding == "same":
         return x, "SAME"
     pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, 1)
     assert pairs is not None
+    same = spatial_padding("same", kernel.shape[:2], x.shape[1:3], stride, 1)
+    if same is not None and list(map(tuple, pairs)) == list(map(tuple, same)):
+        return x, "SAME"
     return tf.pad(x, [[0, 0], *pairs, [0, 0]]), "VALID"

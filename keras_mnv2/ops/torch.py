@@ -7,6 +7,8 @@ backend copies here. The figures are of alpha 1.0 at 224x224 in float32 on two x
 import keras
 import torch
 import torch.nn.functional as F
+from torch.nn.modules import module as _modules
+from torch.utils._pytree import tree_map_only
 
 from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import spatial_padding
@@ -15,23 +17,99 @@ from keras_mnv2.ops.padding import spatial_padding
 # the memory of each tensor (20 ms for 100 MB).
 CHUNK_BYTES = 20e6
 
+folds_noted = default.folds_noted
+note = default.note
+
 # Blocks only: the whole network in chunks would call each layer again for each, at 5 ms a chunk.
 network_in_chunks = default.network_in_chunks
 
 
-def calls_directly(x, dtype):
-    """See `keras_mnv2.ops.default.calls_directly`."""
-    return type(x) is torch.Tensor and x.dtype is torch.float32 and dtype == "float32"
+def runs_directly(layer, inputs, training):
+    """See `keras_mnv2.ops.default.runs_directly`."""
+    if training is None or layer.compute_dtype != "float32" or layer.variable_dtype != "float32":
+        return False
+    for x in inputs if isinstance(inputs, list) else (inputs,):
+        if type(x) is not Later and (type(x) is not torch.Tensor or x.dtype is not torch.float32):
+            return False
+    return True
 
 
-def lay_out_kernel(kernel):
-    """Orders the kernel in memory as PyTorch's convolutions read it, height and width last; the shape stays.
+def is_watched(layer):
+    """See `keras_mnv2.ops.default.is_watched`. PyTorch has no other way to ask for a module's hooks."""
+    return bool(
+        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    ) or bool(_modules._global_forward_hooks or _modules._global_forward_pre_hooks)
 
-    Otherwise they copy it at each call: 1.2 ms of 7 at batch 1.
+
+def run_later(call):
+    """See `keras_mnv2.ops.default.run_later`: without gradients, where a block is run as a whole."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    call.versions = versions(call)
+    return Later(call)
+
+
+def versions(call):
+    """See `keras_mnv2.ops.default.versions`: PyTorch counts the changes of each tensor, if not those by `.data`."""
+    tensors = [variable.value for variable in call.layer.cache.variables]
+    tensors += [x for x in call.inputs if type(x) is not Later]
+    return sum(0 if x.is_inference() else x._version for x in tensors)
+
+
+def call_of(x):
+    """See `keras_mnv2.ops.default.call_of`."""
+    return x.call if type(x) is Later else None
+
+
+def numbers(x):
+    """See `keras_mnv2.ops.default.numbers`."""
+    return x.call.evaluate() if type(x) is Later else x
+
+
+settled = numbers
+
+
+class Later(torch.Tensor):
+    """The output of a layer that runs once somebody looks at it.
+
+    Layers of one operation hand these on, and whoever else reads one gets the numbers: a block is then run as a whole,
+    with its batch norms folded, in chunks that stay in the cache. It exists only where no gradient is wanted.
+
+    Args:
+        call: of `keras_mnv2.layers.fusing`.
     """
-    if tuple(kernel.shape[:2]) == (1, 1):
-        return  # One image goes to a matrix product, which reads it as it is.
-    kernel.value.data = kernel.value.data.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+
+    @staticmethod
+    def __new__(cls, call):
+        return torch.Tensor._make_wrapper_subclass(cls, call.shape, dtype=torch.float32, device=call.device)
+
+    def __init__(self, call):
+        self.call = call
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, numbers, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    # What reaches it from C++, where nobody has passed by `__torch_function__`.
+    __torch_dispatch__ = __torch_function__
+
+    def __deepcopy__(self, memo):
+        return numbers(self).clone()
+
+    def __reduce_ex__(self, protocol):
+        return numbers(self).__reduce_ex__(protocol)
+
+
+def fold(kernel, depthwise, gamma, beta, mean, variance, epsilon):
+    """See `keras_mnv2.ops.default.fold`."""
+    scale = gamma * torch.rsqrt(variance + epsilon)
+    return kernel * (scale[:, None] if depthwise else scale), torch.addcmul(beta, mean, scale, value=-1)
+
+
+def moving_average(moving, value, momentum):
+    """See `keras_mnv2.ops.default.moving_average`."""
+    return torch.lerp(moving, value.to(moving.dtype), 1 - momentum)
 
 
 def block_in_chunks(function, x, hidden_size):
@@ -68,12 +146,17 @@ def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, d
         # 20 to 30 microseconds less than the convolution, of 50 to 120.
         y = torch.addmm(bias, x.reshape(-1, x.shape[3]), kernel[0, 0])
         return y.view(*x.shape[:3], -1)
-    return _convolve(x, kernel.permute(3, 2, 0, 1), bias, stride, padding, dilation, data_format)
+    weight = kernel.permute(3, 2, 0, 1)
+    if tuple(kernel.shape[:2]) != (1, 1):
+        weight = weight.contiguous()
+    return _convolve(x, weight, bias, stride, padding, dilation, data_format)
 
 
 def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
     """See `keras_mnv2.ops.default.depthwise_convolution`."""
-    return _convolve(x, kernel.permute(2, 3, 0, 1), bias, stride, padding, dilation, data_format)
+    # PyTorch's convolutions read height and width last; they would copy a kernel of other strides slowly.
+    weight = kernel.permute(2, 3, 0, 1).contiguous()
+    return _convolve(x, weight, bias, stride, padding, dilation, data_format)
 
 
 def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", synchronized=False):
@@ -87,6 +170,16 @@ def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", sy
     mean, scale = (_at_least_float32(statistic.detach()) for statistic in (mean, scale))
     variance = (scale.pow(-2) - epsilon).clamp_(min=0)
     return y.permute(0, 2, 3, 1) if channels_last else y, mean, variance
+
+
+def normalize(x, gamma, beta, mean, variance, epsilon, data_format="channels_last"):
+    """See `keras_mnv2.ops.default.normalize`."""
+    if x.dtype is not torch.float32:
+        return default.normalize(x, gamma, beta, mean, variance, epsilon, data_format)
+    channels_last = data_format == "channels_last"
+    images = x.permute(0, 3, 1, 2) if channels_last else x
+    y = F.batch_norm(images, mean, variance, gamma, beta, False, 0.0, epsilon)
+    return y.permute(0, 2, 3, 1) if channels_last else y
 
 
 def fake_quantize(x, minimum, maximum):

@@ -34,6 +34,15 @@ HUB = "https://huggingface.co/"
 WRITTEN = ("torchvision", "timm", "transformers", "sequential", "keras")
 KEEP = "skip_classifier=True keeps the model's own"
 _CLASSIFIER = ("predictions/kernel", "predictions/bias")
+# The layers of stem and head in a model of one layer each operation.
+_ENDS = {
+    "Conv1": "stem",
+    "bn_Conv1": "stem/norm",
+    "Conv1_norm": "stem/norm",
+    "Conv_1": "head",
+    "Conv_1_bn": "head/norm",
+    "Conv_1_norm": "head/norm",
+}
 
 
 @dataclass(frozen=True)
@@ -128,10 +137,10 @@ def load_weights(model: keras.Model, weights: str | os.PathLike, skip_classifier
 def load_source(model: keras.Model, source: Source, skip_classifier: bool = False) -> None:
     """`load_weights` from a file that was read already."""
     variables = model_variables(model)
-    if variables is None or not _plain(variables):
+    if variables is None or not _known(variables):
         if source.layout.name != "keras_mnv2":
             raise ValueError(
-                f"The model must have the layers of MobileNetV2 with batch norms, as it is made with norm_layer="
+                f"The model must have the layers of MobileNetV2 with its normalisations, as it is made with norm_layer="
                 f'"batch_norm" and before fold_batch_norm, to take the {source.layout.name} layout of '
                 f"{str(source.path)!r}."
             )
@@ -205,24 +214,24 @@ def save_weights(model: keras.Model, path: str | os.PathLike, layout: str = "ker
     if path.suffix not in suffixes or path.name.endswith(".weights.h5"):
         raise ValueError(f"path must end in {', '.join(suffixes)} for layout={layout!r}, got {str(path)!r}.")
     variables = model_variables(model)
-    if variables is None or not _plain(variables):
+    if variables is None or not _known(variables):
         raise ValueError(
-            'model must be one that MobileNetV2 made with norm_layer="batch_norm", before fold_batch_norm, '
-            f"got {model.name!r}."
+            'model must be one that MobileNetV2 made with norm_layer="batch_norm" or "group_norm", before '
+            f"fold_batch_norm, got {model.name!r}."
         )
     names = file_names(LAYOUTS[layout], _blocks(model), "head/kernel" in variables, _CLASSIFIER[0] in variables)
     arrays = {}
     for name, array in names.items():
-        if array.role == "counter":
+        if array.role == "counter" and name.replace("/counter", "/moving_mean") in variables:
             arrays[array.key] = np.zeros((), "int64")
-        else:
+        elif name in variables:
             value = keras.ops.convert_to_numpy(variables[name])
             arrays[array.key] = from_keras(value, array.role, LAYOUTS[layout])
     _write(path, arrays)
 
 
 def model_variables(model: keras.Model) -> dict[str, Any] | None:
-    """The variables by their names in `file_names`, or None where a layer of the model is not this package's."""
+    """The variables by their names in `file_names`, or None where a layer of the model is not one of MobileNetV2's."""
     variables: dict[str, Any] = {}
     for layer in model.layers:
         if isinstance(layer, InvertedResidual):
@@ -232,7 +241,8 @@ def model_variables(model: keras.Model) -> dict[str, Any] | None:
         elif isinstance(layer, ConvNormActivation):
             variables |= _conv_variables(layer.name, layer)
         else:
-            variables |= {f"{layer.name}/{v.name}": v for v in layer.weights}
+            name = _own_name(layer.name)
+            variables |= {f"{name}/{v.name}": v for v in layer.weights}
     return variables if len(variables) == len(model.weights) and "stem/kernel" in variables else None
 
 
@@ -243,25 +253,44 @@ def _conv_variables(name, conv):
     return variables
 
 
+def _own_name(layer_name):
+    """This package's name of a layer of one operation, such as `block_1/expand/norm` of `block_1_expand_BN`."""
+    if layer_name in _ENDS:
+        return _ENDS[layer_name]
+    match = re.fullmatch(r"(expanded_conv|block_\d+)_(expand|depthwise|project)(_BN|_norm)?", layer_name)
+    if match is None:
+        return layer_name
+    block = "block_0" if match[1] == "expanded_conv" else match[1]
+    return f"{block}/{match[2]}" + ("/norm" if match[3] else "")
+
+
 def _blocks(model):
     """Blocks with their stages: the first of a stage is the one that adds no input."""
-    blocks: list[Block] = []
+    names = {layer.name for layer in model.layers}
+    found: dict[str, tuple[bool, bool]] = {}
     for layer in model.layers:
         if isinstance(layer, InvertedResidual):
-            again = blocks and layer.residual
-            stage = blocks[-1].stage + (not again) if blocks else 0
-            blocks.append(Block(stage, blocks[-1].place + 1 if again else 0, layer.expand is not None))
+            found[layer.name] = (layer.residual, layer.expand is not None)
+        elif match := re.fullmatch(r"(.*)_depthwise", layer.name):
+            found[match[1]] = (f"{match[1]}_add" in names, f"{match[1]}_expand" in names)
+    blocks: list[Block] = []
+    for residual, expanded in found.values():
+        again = blocks and residual
+        stage = blocks[-1].stage + (not again) if blocks else 0
+        blocks.append(Block(stage, blocks[-1].place + 1 if again else 0, expanded))
     return blocks
 
 
-def _plain(variables):
+def _known(variables):
+    """Whether these are the variables of a network with batch norms, or with group norms, in each place."""
     kernels = [name.removesuffix("/kernel") for name in variables if name.endswith("/kernel")]
-    expected = {"predictions/bias"} if "predictions" in kernels else set()
-    for name in kernels:
-        expected.add(f"{name}/kernel")
-        if name != "predictions":
-            expected |= {f"{name}/norm/{v}" for v in ("gamma", "beta", "moving_mean", "moving_variance")}
-    return expected == set(variables)
+    top = {"predictions/bias"} if "predictions" in kernels else set()
+    top |= {f"{name}/kernel" for name in kernels}
+    for own in (("gamma", "beta", "moving_mean", "moving_variance"), ("gamma", "beta")):
+        norms = {f"{name}/norm/{v}" for name in kernels if name != "predictions" for v in own}
+        if top | norms == set(variables):
+            return True
+    return False
 
 
 def _unit(name):

@@ -1,4 +1,4 @@
-"""The layers of the network: convolution with normalisation and activation, and the inverted residual."""
+"""Layers of several operations: convolution with normalisation and activation, and the inverted residual."""
 
 import math
 from typing import Any
@@ -17,9 +17,10 @@ from keras_mnv2.arguments import (
     norm_config,
 )
 from keras_mnv2.initializers import Normal
+from keras_mnv2.layers.block import SHORTCUTS, convolutions, join
+from keras_mnv2.layers.fusing import Unit, is_plain
+from keras_mnv2.layers.parts import BatchNormalization
 from keras_mnv2.ops.padding import PADDINGS, output_size
-
-SHORTCUTS = ("bottleneck", "expansion", None)
 
 # PyTorch's BatchNorm2d default, 0.1, in Keras's convention (1 - momentum). The 0.999 of keras.applications
 # needs thousands of steps before the moving statistics mean anything: a model trained from scratch does
@@ -28,19 +29,76 @@ NORM_MOMENTUM = 0.9
 NORM_EPSILON = 1e-3
 
 
-class _Block(keras.layers.Layer):
-    """A layer of one tensor that is called without Keras's bookkeeping where `ops` finds that worthwhile."""
+class _Compact(keras.layers.Layer):
+    """A layer of parts: called without Keras's bookkeeping where that finds nothing to do; keeps what parts are frozen.
+
+    Subclasses give their parts by name in `_parts`.
+    """
+
+    def __init__(self, frozen=(), **kwargs):
+        super().__init__(**kwargs)
+        self._frozen = tuple(frozen)
 
     def __call__(self, *args, **kwargs):
-        # An explicit `training=False` is what `predict` and `evaluate` hand down.
-        plain = self.built and len(args) == 1 and kwargs == {"training": False} and not self.activity_regularizer
-        if plain and self.compute_dtype == self.variable_dtype and ops.calls_directly(args[0], self.compute_dtype):
-            return self.call(args[0], training=False)
+        if self.built and len(args) == 1 and kwargs == {"training": False}:
+            direct = ops.runs_directly(self, args[0], False) and is_plain(self)
+            # Whoever watches a part is told only by its own `__call__`.
+            parts = self._parts().values() if direct else ()
+            if direct and all(is_plain(part) for part in parts if isinstance(part, keras.Layer)):
+                return self.call(ops.numbers(args[0]), training=False)
         return super().__call__(*args, **kwargs)
+
+    def _parts(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _freeze_parts(self):
+        parts = self._parts()
+        for name in self._frozen:
+            if name in parts:
+                parts[name].trainable = False
+
+    def get_config(self):
+        config = super().get_config()
+        # Frozen parts of a frozen layer are what it says itself.
+        frozen = [name for name, part in self._parts().items() if not part.trainable] if self.built else self._frozen
+        if self.trainable and frozen:
+            config["frozen"] = list(frozen)
+        return config
+
+
+def kernel_initializer(kernel_size: int, filters: int) -> Normal:
+    """He normal by fan out as PyTorch counts it, depthwise kernels too (torchvision's `mobilenet_v2`)."""
+    return Normal(math.sqrt(2 / (kernel_size**2 * filters)))
+
+
+def make_norm(
+    norm_layer: Any, filters: int, momentum: float, epsilon: float, data_format: str, **own: Any
+) -> keras.layers.Layer | None:
+    """The normalisation layer that `norm_layer`, in the form of `norm_config`, stands for.
+
+    Args:
+        norm_layer: as in `ConvNormActivation`.
+        filters: channels.
+        momentum: of a batch norm.
+        epsilon: what is added to the variance.
+        data_format: `"channels_last"` or `"channels_first"`.
+        **own: of the layer: name, dtype, trainable.
+    """
+    if norm_layer is None:
+        return None
+    common = {**own, "epsilon": epsilon, "axis": -1 if data_format == "channels_last" else 1}
+    if norm_layer in ("batch_norm", "sync_batch_norm"):
+        return BatchNormalization(momentum=momentum, synchronized=norm_layer == "sync_batch_norm", **common)
+    if norm_layer == "group_norm":
+        return keras.layers.GroupNormalization(groups=filters // math.gcd(filters, 8), **common)
+    # A layer of the caller's: a copy of the prototype, in this place's precision.
+    config = {**norm_layer["config"], **own}
+    config["trainable"] = own.get("trainable", True) and norm_layer["config"].get("trainable", True)
+    return keras.saving.deserialize_keras_object({**norm_layer, "config": config})
 
 
 @keras.saving.register_keras_serializable("keras_mnv2")
-class ConvNormActivation(_Block):
+class ConvNormActivation(_Compact):
     """Convolution, normalisation, activation.
 
     In inference, batch normalisation is folded into the kernel on the fly (Jacob et al. 2018, section
@@ -53,7 +111,7 @@ class ConvNormActivation(_Block):
         stride: stride of both sides, 1 or 2.
         groups: 1 for a dense convolution; `filters`, equal to the input channels, for a depthwise one.
         padding: `"same"` as TensorFlow pads (the odd zero at the end), or `"symmetric"` as PyTorch does
-            (`(kernel_size - 1) // 2 * dilation_rate` on both sides).
+            (`(kernel_size - 1) // 2 * dilation_rate` on both sides), or `"valid"`, not at all.
         dilation_rate: of both sides; above 1 only with stride 1.
         activation: name or function of Keras, or None.
         norm_layer: `"batch_norm"`; `"sync_batch_norm"`, with statistics over all replicas; `"group_norm"`,
@@ -63,7 +121,8 @@ class ConvNormActivation(_Block):
             minus PyTorch's. The default 0.9 is PyTorch's 0.1.
         norm_epsilon: what is added to the variance; 1e-3 in Keras, 1e-5 in PyTorch.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras's setting.
-        **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
+        kernel_regularizer: of the kernel, as in `keras.layers.Conv2D`.
+        **kwargs: of `keras.layers.Layer`: name, dtype, trainable; and `frozen`, the names of parts that do not train.
 
     Input shape:
         NHWC `(batch, height, width, channels)`, or NCHW with `data_format="channels_first"`.
@@ -93,6 +152,7 @@ class ConvNormActivation(_Block):
         norm_momentum=NORM_MOMENTUM,
         norm_epsilon=NORM_EPSILON,
         data_format=None,
+        kernel_regularizer=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -100,7 +160,7 @@ class ConvNormActivation(_Block):
         check_whole("kernel_size", kernel_size)
         check_choice("stride", stride, (1, 2))
         check_choice("groups", groups, (1, filters))
-        check_choice("padding", padding, PADDINGS)
+        check_choice("padding", padding, (*PADDINGS, "valid"))
         check_whole("dilation_rate", dilation_rate)
         if stride > 1 and dilation_rate > 1:
             raise ValueError(f"dilation_rate must be 1 where stride is {stride}, got {dilation_rate!r}.")
@@ -117,10 +177,11 @@ class ConvNormActivation(_Block):
         self.norm_momentum = norm_momentum
         self.norm_epsilon = norm_epsilon
         self.data_format = data_format_name(data_format)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.norm: Any = None
         self.kernel: Any = None
         self.bias: Any = None
-        self._fused_norm = False
+        self._unit: Any = None
 
     def build(self, input_shape):
         channels = input_shape[-1 if self.data_format == "channels_last" else 1]
@@ -131,45 +192,45 @@ class ConvNormActivation(_Block):
         self.kernel = self.add_weight(
             name="kernel",
             shape=(self.kernel_size, self.kernel_size, channels, 1 if depthwise else self.filters),
-            initializer=Normal(math.sqrt(2 / (self.kernel_size**2 * self.filters))),
+            initializer=kernel_initializer(self.kernel_size, self.filters),
+            regularizer=self.kernel_regularizer,
             autocast=False,
         )
-        ops.lay_out_kernel(self.kernel)
-        self.norm = self._make_norm()
+        self.norm = make_norm(
+            self.norm_layer,
+            self.filters,
+            self.norm_momentum,
+            self.norm_epsilon,
+            self.data_format,
+            name="norm",
+            dtype=self.dtype_policy,
+            trainable=self.trainable,
+        )
         if self.norm is None:
             self.bias = self.add_weight(name="bias", shape=(self.filters,), initializer="zeros", autocast=False)
         else:
             self.norm.build(self.compute_output_shape(input_shape))
-            self._fused_norm = _is_plain_batch_norm(self.norm, self.data_format)
+        self._unit = Unit(
+            self,
+            self.norm,
+            self._activate,
+            depthwise,
+            self.stride,
+            self.padding,
+            self.dilation_rate,
+            self.data_format,
+            self.filters,
+        )
+        self._freeze_parts()
 
     def call(self, inputs, training=None):
-        norm = self.norm
-        if norm is None:
-            y = self._convolve(inputs, self.kernel.value, self.bias.value)
-        elif not self._fused_norm:
-            y = norm(self._convolve(inputs, self.kernel.value))
-        elif training and norm.trainable:
-            y, mean, variance = ops.batch_normalization(
-                self._convolve(inputs, self.kernel.value),
-                norm.gamma,
-                norm.beta,
-                norm.epsilon,
-                self.data_format,
-                synchronized=self.norm_layer == "sync_batch_norm",
-            )
-            keep = norm.momentum
-            norm.moving_mean.assign(norm.moving_mean * keep + mean * (1 - keep))
-            norm.moving_variance.assign(norm.moving_variance * keep + variance * (1 - keep))
-        else:
-            y = self._convolve(inputs, *self.folded(norm.moving_mean, norm.moving_variance))
+        return self._unit(inputs, training)
+
+    def _activate(self, y):
         return ops.relu6(y) if self.activation is keras.activations.relu6 else self.activation(y)
 
-    def folded(self, mean, variance):
-        """Kernel and bias that compute the convolution and its batch norm with these statistics."""
-        scale = self.norm.gamma * keras.ops.rsqrt(variance + self.norm.epsilon)
-        # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
-        along = scale if self.groups == 1 else keras.ops.expand_dims(scale, -1)
-        return self.kernel * along, self.norm.beta - mean * scale
+    def _parts(self):
+        return {"kernel": self.kernel} | ({} if self.norm is None else {"norm": self.norm})
 
     def compute_output_shape(self, input_shape):
         last = self.data_format == "channels_last"
@@ -191,43 +252,12 @@ class ConvNormActivation(_Block):
             "norm_momentum": self.norm_momentum,
             "norm_epsilon": self.norm_epsilon,
             "data_format": self.data_format,
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }
-
-    def _convolve(self, inputs, kernel, bias=None):
-        convolution = ops.convolution if self.groups == 1 else ops.depthwise_convolution
-        if self.compute_dtype != self.variable_dtype:
-            kernel = keras.ops.cast(kernel, inputs.dtype)
-            bias = None if bias is None else keras.ops.cast(bias, inputs.dtype)
-        return convolution(
-            inputs,
-            kernel,
-            bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation_rate,
-            data_format=self.data_format,
-        )
-
-    def _make_norm(self):
-        axis = -1 if self.data_format == "channels_last" else 1
-        if self.norm_layer is None:
-            return None
-        own = {"name": "norm", "dtype": self.dtype_policy, "trainable": self.trainable}
-        common = {**own, "epsilon": self.norm_epsilon, "axis": axis}
-        if self.norm_layer in ("batch_norm", "sync_batch_norm"):
-            # On JAX and PyTorch it is `ops.batch_normalization` that looks at all replicas.
-            synchronized = self.norm_layer == "sync_batch_norm" and keras.backend.backend() == "tensorflow"
-            return keras.layers.BatchNormalization(momentum=self.norm_momentum, synchronized=synchronized, **common)
-        if self.norm_layer == "group_norm":
-            return keras.layers.GroupNormalization(groups=self.filters // math.gcd(self.filters, 8), **common)
-        # A layer of the caller's: a copy of the prototype, in this layer's precision.
-        config = {**self.norm_layer["config"], **own}
-        config["trainable"] = self.trainable and self.norm_layer["config"].get("trainable", True)
-        return keras.saving.deserialize_keras_object({**self.norm_layer, "config": config})
 
 
 @keras.saving.register_keras_serializable("keras_mnv2")
-class InvertedResidual(_Block):
+class InvertedResidual(_Compact):
     """Inverted residual with linear bottleneck (Sandler et al. 2018, section 3.3 and Table 1).
 
     A 1x1 convolution expands the channels (absent when `expand_ratio` is 1), a 3x3 depthwise convolution
@@ -251,7 +281,9 @@ class InvertedResidual(_Block):
             wide layers before and after the depthwise convolution; or None, nothing (Figure 6b).
         return_expansion: True returns a pair, the output and the expanded input (what SSDLite reads).
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras's setting.
-        **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
+        kernel_regularizer: of the kernels, as in `keras.layers.Conv2D`.
+        **kwargs: of `keras.layers.Layer`: name, dtype, trainable; and `frozen`, the names of parts that do not train,
+            such as `"expand"` or `"expand/norm"`.
 
     Input shape:
         NHWC `(batch, height, width, channels)`, or NCHW with `data_format="channels_first"`.
@@ -286,6 +318,7 @@ class InvertedResidual(_Block):
         shortcut="bottleneck",
         return_expansion=False,
         data_format=None,
+        kernel_regularizer=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -306,6 +339,7 @@ class InvertedResidual(_Block):
         self.shortcut = shortcut
         self.return_expansion = return_expansion
         self.data_format = data_format_name(data_format)
+        self.kernel_regularizer = keras.regularizers.get(kernel_regularizer)
         self.residual = False
         self.expand: ConvNormActivation | None = None
         self.depthwise: Any = None
@@ -314,25 +348,22 @@ class InvertedResidual(_Block):
 
     def build(self, input_shape):
         channels = input_shape[-1 if self.data_format == "channels_last" else 1]
-        hidden = hidden_channels(channels, self.expand_ratio)
         self.residual = self.shortcut is not None and self.stride == 1 and channels == self.filters
-        if self.expand_ratio != 1:
-            self.expand = self._conv(hidden, "expand", kernel_size=1)
-        self.depthwise = self._conv(
-            hidden, "depthwise", stride=self.stride, dilation_rate=self.dilation_rate, groups=hidden
+        specs = convolutions(
+            channels, self.filters, self.stride, self.expand_ratio, self.dilation_rate, self.linear_bottleneck
         )
-        activation = None if self.linear_bottleneck else self.activation
-        self.project = self._conv(self.filters, "project", kernel_size=1, activation=activation)
+        # By hand, since Keras would otherwise trace the whole block to find these shapes.
+        shape = input_shape
+        for spec in specs:
+            conv = self._conv(spec)
+            setattr(self, spec.part, conv)
+            conv.build(shape)
+            shape = conv.compute_output_shape(shape)
         if self.residual and self.stochastic_depth:
             self.drop = keras.layers.Dropout(
                 self.stochastic_depth, noise_shape=(None, 1, 1, 1), name="drop", dtype=self.dtype_policy
             )
-        # By hand, since Keras would otherwise trace the whole block to find these shapes.
-        shape = input_shape
-        for conv in (self.expand, self.depthwise, self.project):
-            if conv is not None:
-                conv.build(shape)
-                shape = conv.compute_output_shape(shape)
+        self._freeze_parts()
 
     def call(self, inputs, training=None):
         sides = inputs.shape[1:3] if self.data_format == "channels_last" else inputs.shape[2:4]
@@ -342,15 +373,28 @@ class InvertedResidual(_Block):
         return ops.block_in_chunks(lambda x: self._transform(x, training), inputs, hidden)
 
     def _transform(self, inputs, training):
-        # `conv.call`, not `conv()`: the bookkeeping of a layer call costs an eager backend about 0.1 ms.
-        expanded = inputs if self.expand is None else self.expand.call(inputs, training=training)
-        x = self.depthwise.call(expanded, training=training)
-        if self.residual and self.shortcut == "expansion":
-            x = self._sum(expanded, self._drop(x, training), training)
-        x = self.project.call(x, training=training)
-        if self.residual and self.shortcut == "bottleneck":
-            x = self._sum(inputs, self._drop(x, training), training)
-        return (x, expanded) if self.return_expansion else x
+        def run(conv):
+            # `conv.call`, not `conv()`, unless somebody watches: a layer call costs an eager backend about 0.1 ms.
+            call = conv.call if is_plain(conv) else conv
+            return lambda x: call(x, training=training)
+
+        y, expanded = join(
+            inputs,
+            {name: run(conv) for name, conv in self._convs().items()},
+            lambda shortcut, branch: self._sum(shortcut, self._drop(branch, training), training),
+            self.shortcut if self.residual else None,
+        )
+        return (y, expanded) if self.return_expansion else y
+
+    def _convs(self):
+        convs = {"expand": self.expand, "depthwise": self.depthwise, "project": self.project}
+        return {name: conv for name, conv in convs.items() if conv is not None}
+
+    def _parts(self):
+        parts: dict[str, Any] = {}
+        for name, conv in self._convs().items():
+            parts |= {name: conv, **{f"{name}/{inner}": part for inner, part in conv._parts().items()}}
+        return parts
 
     def compute_output_shape(self, input_shape):
         last = self.data_format == "channels_last"
@@ -380,21 +424,27 @@ class InvertedResidual(_Block):
             "shortcut": self.shortcut,
             "return_expansion": self.return_expansion,
             "data_format": self.data_format,
+            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }
 
-    def _conv(self, filters, name, **kwargs):
-        common = {
-            "padding": self.padding,
-            "activation": self.activation,
-            "norm_layer": self.norm_layer,
-            "norm_momentum": self.norm_momentum,
-            "norm_epsilon": self.norm_epsilon,
-            "data_format": self.data_format,
-            "dtype": self.dtype_policy,
-            "trainable": self.trainable,
-            "name": name,
-        }
-        return self.convolution(filters, **{**common, **kwargs})
+    def _conv(self, spec):
+        return self.convolution(
+            spec.filters,
+            kernel_size=spec.kernel_size,
+            stride=spec.stride,
+            groups=spec.filters if spec.depthwise else 1,
+            padding=self.padding,
+            dilation_rate=spec.dilation,
+            activation=self.activation if spec.activated else None,
+            norm_layer=self.norm_layer,
+            norm_momentum=self.norm_momentum,
+            norm_epsilon=self.norm_epsilon,
+            data_format=self.data_format,
+            kernel_regularizer=self.kernel_regularizer,
+            dtype=self.dtype_policy,
+            trainable=self.trainable,
+            name=spec.part,
+        )
 
     def _sum(self, shortcut, branch, training):
         return shortcut + branch
@@ -450,9 +500,3 @@ class ScaleShift(keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), "axis": self.axis}
-
-
-def _is_plain_batch_norm(norm, data_format):
-    channels = -1 if data_format == "channels_last" else 1
-    plain = type(norm) is keras.layers.BatchNormalization and norm.scale and norm.center
-    return plain and norm.axis in (channels, channels % 4) and not (norm.renorm or norm.synchronized)

@@ -1,0 +1,20 @@
+"""The layers of the network.
+
+`MobileNetV2` is a graph of Keras's layers, one for each operation (`parts`); what runs is `fusing`'s. A block as one
+layer is `InvertedResidual` (`compact`), of three `ConvNormActivation`.
+"""
+
+from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
+from keras_mnv2.layers.parts import Add, BatchNormalization, Conv2D, DepthwiseConv2D, ReLU, ZeroPadding2D
+
+__all__ = [
+    "Add",
+    "BatchNormalization",
+    "Conv2D",
+    "ConvNormActivation",
+    "DepthwiseConv2D",
+    "InvertedResidual",
+    "ReLU",
+    "ScaleShift",
+    "ZeroPadding2D",
+]

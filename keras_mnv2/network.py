@@ -1,0 +1,52 @@
+"""The functional model that `MobileNetV2` gives: shown layer by layer, run as blocks."""
+
+import math
+from typing import Any
+
+import keras
+
+from keras_mnv2 import ops
+from keras_mnv2.layers.fusing import Plan
+
+
+# Named as version 0.1.0 has it in its files.
+@keras.saving.register_keras_serializable("keras_mnv2", name="Network")
+class MobileNetV2Model(keras.Model):
+    """A functional model that runs as a whole where nobody looks inside.
+
+    Called as a whole, it computes units of convolution, batch norm and activation in one go, from the variables and
+    settings that its layers have at that time. With a hook on a layer, a layer whose `call` was replaced, or a
+    distribution of Keras, it runs layer by layer; so do models that are built around its tensors. In inference it runs
+    for some images at a time where `ops` finds that faster.
+    """
+
+    def call(self, inputs, training=None, mask=None):
+        def run(x):
+            plan = self._plan_of_now()
+            if plan is None or mask is not None or len(x.shape) != len(self.inputs[0].shape):
+                return super(MobileNetV2Model, self).call(x, training=training, mask=mask)
+            x = keras.ops.convert_to_tensor(x, dtype=self.inputs[0].dtype)
+            found = keras.tree.pack_sequence_as(self.output, plan(x, training))
+            return found[0] if isinstance(found, list) and len(found) == 1 else found
+
+        if not hasattr(inputs, "shape"):
+            return super().call(inputs, training=training, mask=mask)
+        if training or mask is not None or None in inputs.shape[1:]:
+            return run(inputs)
+        # At alpha 1.0 the widest tensor, the expansion of block_1, has eight times the numbers of the image.
+        return ops.network_in_chunks(run, inputs, 8 * math.prod(inputs.shape[1:]))
+
+    def predict(self, *args, **kwargs):
+        """As `keras.Model.predict`; a dict of outputs keeps its order, which some backends sort."""
+        found = super().predict(*args, **kwargs)
+        return {name: found[name] for name in self.output} if isinstance(self.output, dict) else found
+
+    def _plan_of_now(self) -> Any:
+        """How to run it as a whole, or None where it must run layer by layer."""
+        if not hasattr(self, "_plan"):
+            self._plan = Plan.read(self)
+        return self._plan if self._plan is not None and self._plan.may_run() else None
+
+
+# Keras's `.h5` files of whole models have the class alone, without the package that it is registered by.
+keras.saving.get_custom_objects()[MobileNetV2Model.__name__] = MobileNetV2Model

@@ -94,49 +94,101 @@ class _Names(NamedTuple):
     pad: str
 
 
-def _open_row(x, row, drop, data_format, **common):
-    """A row as a layer each operation, with the names of `keras.applications`: its output and its expanded input."""
-    common |= {"data_format": data_format}
-    if row.kind != "block":
-        spec = Convolution("conv", row.channels, 3 if row.kind == "stem" else 1, row.stride, 1, False, True)
-        names = _Names("Conv1", "bn_Conv1", "Conv1_norm", "Conv1_relu", "Conv1_pad")
-        if row.kind == "head":
-            names = _Names("Conv_1", "Conv_1_bn", "Conv_1_norm", "out_relu", "")
-        y = _unit(x, spec, names, **common)
-        return y, y
+# keras.applications' names for what is no block.
+_ENDS = {
+    "stem": _Names("Conv1", "bn_Conv1", "Conv1_norm", "Conv1_relu", "Conv1_pad"),
+    "head": _Names("Conv_1", "Conv_1_bn", "Conv_1_norm", "out_relu", "Conv_1_pad"),
+}
 
-    prefix = row.name if row.name != "block_0" else "expanded_conv"
+
+def _names(prefix, part):
+    name = f"{prefix}_{part}" if part else prefix
+    return _Names(name, f"{name}_BN", f"{name}_norm", f"{name}_relu", f"{prefix}_pad")
+
+
+def _open_row(x, row, drop, **common):
+    """A row as a layer each operation, with the names of `keras.applications`: its output and its expanded input."""
+    if row.kind != "block":
+        kernel_size = 3 if row.kind == "stem" else 1
+        spec = Convolution("", row.channels, kernel_size, row.stride, 1, False, True)
+        y = _unit(x, spec, _ENDS[row.name], **common)
+        return y, y
+    specs = convolutions(row.in_channels, row.channels, row.stride, row.expansion, row.dilation)
+    return _open_block(x, row.name, specs, "bottleneck" if row.residual else None, drop, **common)
+
+
+def _open_block(x, name, specs, shortcut, drop, make=None, **common):
+    make = make or (lambda kind, *args, **arguments: kind(*args, **arguments))
+    prefix = name if name != "block_0" else "expanded_conv"
+    dtype = common["dtype"]
 
     def part(spec):
-        name = f"{prefix}_{spec.part}"
-        names = _Names(name, f"{name}_BN", f"{name}_norm", f"{name}_relu", f"{prefix}_pad")
-        return lambda x: _unit(x, spec, names, **common)
+        return lambda x: _unit(x, spec, _names(prefix, spec.part), make=make, **common)
 
     def add(shortcut, branch):
         if drop:
-            branch = keras.layers.Dropout(
-                drop, noise_shape=(None, 1, 1, 1), name=f"{prefix}_drop", dtype=common["dtype"]
-            )(branch)
-        return Add(name=f"{prefix}_add", dtype=common["dtype"])([shortcut, branch])
+            shape = (None, 1, 1, 1)
+            branch = make(keras.layers.Dropout, drop, noise_shape=shape, name=f"{prefix}_drop", dtype=dtype)(branch)
+        return make(Add, name=f"{prefix}_add", dtype=dtype)([shortcut, branch])
 
-    specs = convolutions(row.in_channels, row.channels, row.stride, row.expansion, row.dilation)
-    return join(x, {spec.part: part(spec) for spec in specs}, add, "bottleneck" if row.residual else None)
+    return join(x, {spec.part: part(spec) for spec in specs}, add, shortcut)
 
 
-def _unit(x, spec, names, *, padding, activation, norm_layer, norm_momentum, norm_epsilon, data_format, dtype):
+def apply_layer(x: Any, layer: keras.layers.Layer, make: Callable[..., Any]) -> Any:
+    """A layer of several operations, `ConvNormActivation` or `InvertedResidual`, as layers of one operation each.
+
+    Args:
+        x: Keras tensor.
+        layer: built; its weights are not copied.
+        make: makes a layer from its class and arguments.
+
+    Returns:
+        Its output, or the pair that it gives with `return_expansion`.
+    """
+    own = ("padding", "norm_layer", "norm_momentum", "norm_epsilon", "data_format", "activation")
+    common = {name: getattr(layer, name) for name in own} | {"dtype": layer.dtype_policy, "make": make}
+    if isinstance(layer, ConvNormActivation):
+        activated = layer.activation is not keras.activations.linear
+        size, depthwise = layer.kernel_size, layer.groups > 1
+        spec = Convolution("", layer.filters, size, layer.stride, layer.dilation_rate, depthwise, activated)
+        return _unit(x, spec, _ENDS.get(layer.name) or _names(layer.name, ""), **common)
+    channels = x.shape[-1 if layer.data_format == "channels_last" else 1]
+    specs = convolutions(
+        channels, layer.filters, layer.stride, layer.expand_ratio, layer.dilation_rate, layer.linear_bottleneck
+    )
+    shortcut = layer.shortcut if layer.residual else None
+    pair = _open_block(x, layer.name, specs, shortcut, layer.stochastic_depth, **common)
+    return pair if layer.return_expansion else pair[0]
+
+
+def _unit(
+    x,
+    spec,
+    names,
+    *,
+    padding,
+    activation,
+    norm_layer,
+    norm_momentum,
+    norm_epsilon,
+    data_format,
+    dtype,
+    make=lambda kind, *args, **arguments: kind(*args, **arguments),
+):
     """A convolution with its padding, normalisation and activation."""
     own = {"data_format": data_format, "dtype": dtype}
-    keras_padding = "same"
-    if spec.stride > 1 and (spec.depthwise or padding == "symmetric"):
+    # keras.applications' head has Keras's default, which for a kernel of one pixel is the same.
+    keras_padding = "valid" if padding == "valid" or names is _ENDS["head"] else "same"
+    if spec.stride > 1 and spec.kernel_size > 1 and (spec.depthwise or padding == "symmetric"):
         size = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
         zeros = spatial_padding(padding, (spec.kernel_size,) * 2, size, spec.stride, spec.dilation)
         # With sides that are not known yet TensorFlow's zeros are not either: the convolution finds them itself.
         keras_padding = "valid" if zeros is not None else "same"
-        x = ZeroPadding2D(tuple(map(tuple, zeros or ((0, 0), (0, 0)))), name=names.pad, **own)(x)
+        x = make(ZeroPadding2D, tuple(map(tuple, zeros or ((0, 0), (0, 0)))), name=names.pad, **own)(x)
     arguments: dict[str, Any] = {
         "kernel_size": spec.kernel_size,
         "strides": spec.stride,
-        "padding": keras_padding if spec.kernel_size > 1 or spec.part != "conv" else "valid",
+        "padding": keras_padding,
         "dilation_rate": spec.dilation,
         "use_bias": norm_layer is None,
         "name": names.conv,
@@ -144,19 +196,21 @@ def _unit(x, spec, names, *, padding, activation, norm_layer, norm_momentum, nor
     }
     initializer = kernel_initializer(spec.kernel_size, spec.filters)
     if spec.depthwise:
-        x = DepthwiseConv2D(depthwise_initializer=initializer, **arguments)(x)
+        x = make(DepthwiseConv2D, depthwise_initializer=initializer, **arguments)(x)
     else:
-        x = Conv2D(spec.filters, kernel_initializer=initializer, **arguments)(x)
-    own = {"name": names.batch_norm if norm_layer in ("batch_norm", "sync_batch_norm") else names.norm, "dtype": dtype}
-    norm = make_norm(norm_layer, spec.filters, norm_momentum, norm_epsilon, data_format, **own)
+        x = make(Conv2D, spec.filters, kernel_initializer=initializer, **arguments)(x)
+    name = names.batch_norm if norm_layer in ("batch_norm", "sync_batch_norm") else names.norm
+    norm = make_norm(
+        norm_layer, spec.filters, norm_momentum, norm_epsilon, data_format, make=make, name=name, dtype=dtype
+    )
     if norm is not None:
         x = norm(x)
     if not spec.activated or activation is keras.activations.linear:
         return x
     if activation in (keras.activations.relu6, keras.activations.relu):
         limit = 6.0 if activation is keras.activations.relu6 else None
-        return ReLU(limit, name=names.activation, dtype=dtype)(x)
-    return keras.layers.Activation(activation, name=names.activation, dtype=dtype)(x)
+        return make(ReLU, limit, name=names.activation, dtype=dtype)(x)
+    return make(keras.layers.Activation, activation, name=names.activation, dtype=dtype)(x)
 
 
 def classify(x: Any, classes: int, dropout: float, activation: Any, data_format: str, policy: keras.DTypePolicy) -> Any:

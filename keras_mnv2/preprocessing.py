@@ -2,6 +2,7 @@
 
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,15 @@ def preprocess_input(x: Any, data_format: str | None = None, weights: str | Chec
     input is not changed.
 
     Args:
-        x: images with values 0..255, NHWC or NCHW (or one image, HWC or CHW).
+        x: images with values 0..255, NHWC or NCHW (or one image, HWC or CHW): an array, a tensor of the backend or of
+            another library, as tf.data hands them out, or a Keras tensor.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras's setting.
         weights: name of a published checkpoint, or a record of `list_weights`; None and `"imagenet"` stand for
             Keras's own. torchvision's and timm's subtract the mean and divide by the standard deviation of each
             channel of ImageNet.
 
     Returns:
-        A tensor of the same shape, in Keras's float type or that of `x`.
+        What `x` is, of the same shape, in Keras's float type or that of `x`.
 
     Raises:
         ValueError: on an unknown checkpoint or data format, or images that are not RGB where the mean of each
@@ -43,9 +45,10 @@ def preprocess_input(x: Any, data_format: str | None = None, weights: str | Chec
     """
     how = preprocessing_of(weights)
     channels_last = data_format_name(data_format) == "channels_last"
-    x = keras.ops.convert_to_tensor(x)
-    if not keras.backend.is_float_dtype(x.dtype):
-        x = keras.ops.cast(x, keras.config.floatx())
+    if isinstance(x, list | tuple | Image.Image):
+        x = np.asarray(x)
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+        x = _cast(x, keras.config.floatx())
     if (how.mean, how.std) == (HALF, HALF):
         return x / 127.5 - 1
     shape, axis = ((3,), -1) if channels_last else ((3, 1, 1), -3)
@@ -54,8 +57,34 @@ def preprocess_input(x: Any, data_format: str | None = None, weights: str | Chec
     if known and (len(x.shape) < 3 or x.shape[axis] not in (3, None)):
         layout = "(height, width, 3)" if channels_last else "(3, height, width)"
         raise ValueError(f"x must be images of the shape {layout}, got {tuple(x.shape)}.")
-    mean, std = (keras.ops.reshape(keras.ops.convert_to_tensor(v, x.dtype), shape) for v in (how.mean, how.std))
-    return (x / 255 - mean) / std
+    mean, std = (np.reshape(np.asarray(v, "float32"), shape) for v in (how.mean, how.std))
+    return (x / 255 - _like(mean, x)) / _like(std, x)
+
+
+def _module_of(x):
+    """The library that a tensor is of: whatever the backend, tf.data hands out TensorFlow's."""
+    return type(x).__module__.partition(".")[0]
+
+
+def _cast(x, dtype):
+    if isinstance(x, np.ndarray):
+        return x.astype(dtype)
+    module = _module_of(x)
+    if module == "tensorflow":
+        return sys.modules["tensorflow"].cast(x, dtype)
+    if module == "torch":
+        return x.to(getattr(sys.modules["torch"], dtype))
+    return keras.ops.cast(x, dtype)
+
+
+def _like(array, x):
+    """An array of NumPy as a tensor of the library and type of `x`."""
+    module = _module_of(x)
+    if module == "tensorflow":
+        return sys.modules["tensorflow"].cast(array, x.dtype)
+    if module == "torch":
+        return sys.modules["torch"].as_tensor(array, dtype=x.dtype, device=x.device)
+    return array.astype(x.dtype) if isinstance(x, np.ndarray) else keras.ops.cast(array, x.dtype)
 
 
 def preprocessing_layer(

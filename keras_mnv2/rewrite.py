@@ -1,4 +1,4 @@
-"""A model built again with other layers in the place of some, or of whole units of a convolution and what follows it."""
+"""A model built again with other layers in the place of some, or of whole units of a convolution and what follows."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -81,6 +81,7 @@ def rewrite(
     merge: Callable[[Group], Merged | None],
     inputs: Any = None,
     call: Callable[..., Any] = lambda layer, *args, **kwargs: layer(*args, **kwargs),
+    finish: Callable[[Any, Any], Any] = lambda old, new: new,
 ) -> tuple[keras.Model, list[tuple[Any, Any]], list[tuple[Group, Any]]]:
     """Builds a functional or sequential model again, compiled in the same way if it was.
 
@@ -91,6 +92,7 @@ def rewrite(
             each is to be cloned.
         inputs: Keras tensors to build on, in the structure of `model.input`.
         call: calls a new layer.
+        finish: gives what takes the place of a new model, the nested ones too, from the old one and the new.
 
     Returns:
         The new model; the pairs of a layer and its clone; the pairs of a unit and its new layer.
@@ -105,12 +107,12 @@ def rewrite(
                 merged[id(unit.conv)] = (unit, found[0])
                 left_out |= {id(layer): unit.conv for layer in found[1]}
         try:
-            return _build(model, clone, merged, left_out, inputs, call)
+            return _build(model, clone, merged, left_out, inputs, call, finish)
         except _Shared as error:
             shared.add(id(error.conv))
 
 
-def _build(model, clone, merged, left_out, inputs, call):
+def _build(model, clone, merged, left_out, inputs, call, finish):
     pairs: list[tuple[Any, Any]] = []
     # Tensors of a merged convolution, until the layer that it makes superfluous has passed them on.
     open_ends: dict[int, tuple] = {}
@@ -135,7 +137,10 @@ def _build(model, clone, merged, left_out, inputs, call):
     def clone_model(model, inputs=None):
         # In a sequential model layers are listed, not called: there none can be left out.
         how = {} if isinstance(model, keras.Sequential) else {"call_function": call_layer}
-        return keras.models.clone_model(model, input_tensors=inputs, clone_function=clone_layer, **how)
+        new = finish(model, keras.models.clone_model(model, input_tensors=inputs, clone_function=clone_layer, **how))
+        if not model.trainable:
+            new.trainable = False
+        return new
 
     convs = {id(new): unit.conv for unit, new in merged.values()}
     behind = {

@@ -1,6 +1,7 @@
 """Layers of several operations: convolution with normalisation and activation, and the inverted residual."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -72,7 +73,13 @@ def kernel_initializer(kernel_size: int, filters: int) -> Normal:
 
 
 def make_norm(
-    norm_layer: Any, filters: int, momentum: float, epsilon: float, data_format: str, **own: Any
+    norm_layer: Any,
+    filters: int,
+    momentum: float,
+    epsilon: float,
+    data_format: str,
+    make: Callable[..., Any] = lambda kind, *args, **arguments: kind(*args, **arguments),
+    **own: Any,
 ) -> keras.layers.Layer | None:
     """The normalisation layer that `norm_layer`, in the form of `norm_config`, stands for.
 
@@ -82,15 +89,16 @@ def make_norm(
         momentum: of a batch norm.
         epsilon: what is added to the variance.
         data_format: `"channels_last"` or `"channels_first"`.
+        make: makes a layer from its class and arguments.
         **own: of the layer: name, dtype, trainable.
     """
     if norm_layer is None:
         return None
     common = {**own, "epsilon": epsilon, "axis": -1 if data_format == "channels_last" else 1}
     if norm_layer in ("batch_norm", "sync_batch_norm"):
-        return BatchNormalization(momentum=momentum, synchronized=norm_layer == "sync_batch_norm", **common)
+        return make(BatchNormalization, momentum=momentum, synchronized=norm_layer == "sync_batch_norm", **common)
     if norm_layer == "group_norm":
-        return keras.layers.GroupNormalization(groups=filters // math.gcd(filters, 8), **common)
+        return make(keras.layers.GroupNormalization, groups=filters // math.gcd(filters, 8), **common)
     # A layer of the caller's: a copy of the prototype, in this place's precision.
     config = {**norm_layer["config"], **own}
     config["trainable"] = own.get("trainable", True) and norm_layer["config"].get("trainable", True)

@@ -421,7 +421,7 @@ class Cache:
         self.shapes: dict[tuple, tuple] = {}
 
 
-class Part:
+class Part(keras.layers.Layer):
     """A layer of one operation: the mark of the classes in `keras_mnv2.layers.parts`, which have a `cache`."""
 
     cache: Cache

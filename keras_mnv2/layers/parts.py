@@ -22,7 +22,7 @@ from keras_mnv2.layers.fusing import (
 _KEYWORDS = {"training", "mask"}
 
 
-class _Direct(Part, keras.layers.Layer):
+class _Direct(Part):
     """Calls `call` without Keras's bookkeeping where that finds nothing to do, or leaves it for later."""
 
     def __init__(self, *args, **kwargs):

@@ -91,8 +91,10 @@ class Later(torch.Tensor):
         args, kwargs = tree_map_only(cls, numbers, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    # What reaches it from C++, where nobody has passed by `__torch_function__`.
-    __torch_dispatch__ = __torch_function__
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        # What reaches it from C++, where nobody has passed by `__torch_function__`.
+        return cls.__torch_function__(func, types, args, kwargs)
 
     def __deepcopy__(self, memo):
         return numbers(self).clone()

@@ -1,6 +1,6 @@
 """Writes the files of version 0.1.0 that `tests/test_earlier_files.py` loads: `python -m tests.golden.write_files`.
 
-Run on commit 9d36b24, where a block was one layer by default. On later ones `block=InvertedResidual` gives those layers.
+Run on commit 9d36b24, where a block was one layer by default; later `block=InvertedResidual` gives those layers.
 """
 
 import zipfile

@@ -1,6 +1,6 @@
 """MobileNetV2 for Keras 3 on TensorFlow, JAX and PyTorch."""
 
-from keras_mnv2 import layers
+from keras_mnv2 import applications, layers
 from keras_mnv2.cost import CostProfile, cost_profile
 from keras_mnv2.evaluation import evaluation_data
 from keras_mnv2.export import ExportReport, export
@@ -10,6 +10,7 @@ from keras_mnv2.freeze import freeze, unfreeze
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.preprocessing import decode_predictions, load_image, preprocess_input, resize_and_crop
 from keras_mnv2.quantize import quantize_aware
+from keras_mnv2.stock import from_keras
 from keras_mnv2.weights.load import load_weights, save_weights
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, list_weights
 
@@ -20,12 +21,14 @@ __all__ = [
     "ExportReport",
     "MobileNetV2",
     "Preprocessing",
+    "applications",
     "cost_profile",
     "decode_predictions",
     "evaluation_data",
     "export",
     "fold_batch_norm",
     "freeze",
+    "from_keras",
     "layers",
     "list_weights",
     "load_export",

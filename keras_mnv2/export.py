@@ -18,10 +18,18 @@ import numpy as np
 from keras_mnv2.arguments import check_choice
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, runtimes
-from keras_mnv2.formats.graphs import TRACED_SIDE, named, output_names, write_exported_program, write_saved_model
+from keras_mnv2.formats.graphs import (
+    TRACED_SIDE,
+    input_name,
+    named,
+    output_names,
+    write_exported_program,
+    write_saved_model,
+)
 from keras_mnv2.preprocessing import imagenet_labels, scales_pixels
 from keras_mnv2.quantize import is_quantized
 from keras_mnv2.rewrite import layers_of
+from keras_mnv2.stock import to_stock
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ FORMATS = {
     "litert": _Format("tensorflow", ("tensorflow", "ai_edge_litert"), ".tflite", "litert"),
     "openvino": _Format("tensorflow", ("tensorflow", "openvino"), ".xml", "openvino"),
     "torch": _Format("torch", ("torch",), ".pt2", "torch"),
+    # Made by whatever backend is active, and read by any.
+    "keras": _Format(keras.backend.backend(), (), ".keras", ""),
 }
 PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
 IO_DTYPES = ("int8", "uint8")
@@ -101,7 +111,7 @@ def export(
     precision: str = "float32",
     calibration: Any = None,
     io_dtype: str = "int8",
-    fold: bool = True,
+    fold: bool | None = None,
     labels: Sequence[str] | str | None = None,
     sample: Any = None,
     overwrite: bool = False,
@@ -116,15 +126,18 @@ def export(
     Args:
         model: a built model with one input, that `keras.models.load_model` can load.
         path: file or folder to write: it ends in `.onnx`, `.tflite`, `.xml` (OpenVINO, which writes a `.bin` beside
-            it) or `.pt2`; a SavedModel is a folder.
-        format: `"tf_saved_model"`, `"onnx"`, `"litert"`, `"openvino"` or `"torch"`, as in `keras.Model.export`.
+            it), `.pt2` or `.keras`; a SavedModel is a folder.
+        format: `"tf_saved_model"`, `"onnx"`, `"litert"`, `"openvino"` or `"torch"`, as in `keras.Model.export`; or
+            `"keras"`, a model of Keras's own classes that `keras.models.load_model` reads without this package, on any
+            backend, to predict or to train on.
         precision: `"float32"`; with `format="litert"` also `"float16"` (weights of 16 bits), `"dynamic_int8"` (weights
             of 8 bits) or `"int8"` (whole numbers alone). A model of `quantize_aware` has `"int8"` there.
         calibration: for `precision="int8"`, images (n, *model.input_shape[1:]) as the model takes them: the ranges of
             its activations are those that these give. Some hundred are enough. A model of `quantize_aware` has ranges
             of its own.
         io_dtype: for `precision="int8"`, the type of input and output, `"int8"` or `"uint8"`.
-        fold: whether to fold the batch norms into the kernels (`fold_batch_norm`) first.
+        fold: whether to fold the batch norms into the kernels (`fold_batch_norm`) first; by default for each format
+            but `"keras"`.
         labels: for a SavedModel, the names of the classes, or `"imagenet"`: an asset, one name a line.
         sample: images to compare on, (batch, *model.input_shape[1:]); by default up to 64 of `calibration`, or four
             random ones.
@@ -157,8 +170,8 @@ def export(
     calibration = None if calibration is None else _images(model, "calibration", calibration)
     images = _sample(model, sample, calibration)
     _require(format)
-    source = _folded(model) if fold else model
-    if _computes_in_16_bits(model):
+    source = _folded(model) if (format != "keras" if fold is None else fold) else model
+    if _computes_in_16_bits(model) and format != "keras":
         source = _in_float32(source)
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,12 +181,14 @@ def export(
         target = folder / "result" / path.name
         target.parent.mkdir()
         if format in converters.CONVERTERS:
-            options = {"input_name": model.inputs[0].name, "output_names": output_names(source), "precision": precision}
+            options = {"input_name": input_name(model), "output_names": output_names(source), "precision": precision}
             options |= {"io_dtype": io_dtype, "quantized": quantized}
             if calibration is not None:
                 np.save(folder / "calibration.npy", calibration)
                 options["calibration"] = str(folder / "calibration.npy")
             _convert(source, folder, format, target, json.dumps(options))
+        elif format == "keras":
+            to_stock(source).save(target)
         elif _is_active(format):
             _write(source, target, format, labels)
         else:
@@ -354,7 +369,8 @@ def _compare(model, target, images, folder, path, format, precision, quantized):
     """Runs the file in its own runtime, at two batch sizes, and reports how its outputs differ."""
     batches = [images, images[:1] if len(images) > 1 else np.repeat(images, 2, axis=0)]
     np.savez(folder / "images.npz", *batches)
-    _run(runtimes.__file__, target, folder / "images.npz", folder / "outputs.npz")
+    arguments = (runtimes.__file__, target, folder / "images.npz", folder / "outputs.npz")
+    _run(*arguments, backend=keras.backend.backend() if format == "keras" else "tensorflow")
     expected = runtimes.outputs_of(lambda x: _numpy(named(model, model.predict(x, verbose=0))), batches)
     with np.load(folder / "outputs.npz") as file:
         found = dict(file)

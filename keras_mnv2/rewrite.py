@@ -78,7 +78,7 @@ def _units_of_graph(model):
 def rewrite(
     model: keras.Model,
     clone: Callable[[Any], Any],
-    merge: Callable[[Group], Merged | None],
+    merge: Callable[[Group], Merged | None] = lambda unit: None,
     inputs: Any = None,
     call: Callable[..., Any] = lambda layer, *args, **kwargs: layer(*args, **kwargs),
     finish: Callable[[Any, Any], Any] = lambda old, new: new,

@@ -6,6 +6,7 @@ with that backend, on a model in a `.keras` file.
 
 import importlib
 import json
+import re
 import sys
 import tempfile
 import warnings
@@ -37,7 +38,7 @@ def write_saved_model(model: keras.Model, path: Path, labels: Sequence[str] | No
     module = tf.Module()
     module.weights = [variable.value for variable in model.variables]
     image = model.inputs[0]
-    specification = tf.TensorSpec(image.shape, image.dtype, name=image.name)
+    specification = tf.TensorSpec(image.shape, image.dtype, name=input_name(model))
     module.serve = tf.function(lambda x: named(model, model(x, training=False)), input_signature=[specification])
     signatures = {"serving_default": module.serve.get_concrete_function()}
     with tempfile.TemporaryDirectory() as folder:
@@ -86,6 +87,12 @@ def named(model: keras.Model, outputs: Any) -> dict[str, Any]:
         return outputs
     outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
     return dict(zip(output_names(model), outputs, strict=True))
+
+
+def input_name(model: keras.Model) -> str:
+    """The name of a model's one input: `image` where Keras gave it one by number, which another run would not."""
+    name = model.inputs[0].name
+    return "image" if re.fullmatch(r"input_layer(_\d+)?", name) else name
 
 
 def output_names(model: keras.Model) -> list[str]:

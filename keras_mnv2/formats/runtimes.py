@@ -1,6 +1,7 @@
-"""Exported files in their own runtimes, without Keras: `python runtimes.py FILE IMAGES.npz OUTPUTS.npz`.
+"""Exported files in their own runtimes: `python runtimes.py FILE IMAGES.npz OUTPUTS.npz`.
 
-Run as a file it imports nothing of this package, and importing Keras fails: the exported file must not need it.
+Run as a file it imports nothing of this package, and importing Keras fails, or for a file of Keras this package: the
+exported file must not need it.
 """
 
 import os
@@ -18,7 +19,7 @@ def load_export(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray
     """Loads a file that `export` wrote in its own runtime, on the CPU and in float32.
 
     Args:
-        path: a SavedModel's folder, or a file that ends in `.onnx`, `.tflite`, `.xml` or `.pt2`.
+        path: a SavedModel's folder, or a file that ends in `.onnx`, `.tflite`, `.xml`, `.pt2` or `.keras`.
 
     Returns:
         A function from images, a batch in the model's layout, to its outputs by name. For 8-bit files it rounds the
@@ -120,7 +121,21 @@ def _torch(path):
     return run
 
 
-_LOADERS = {".onnx": _onnx, ".tflite": _litert, ".xml": _openvino, ".pt2": _torch}
+def _keras(path):
+    import keras
+
+    model = keras.models.load_model(path, compile=False)
+
+    def run(images):
+        found = model.predict(images, verbose=0)
+        if isinstance(found, dict):
+            return found
+        return dict(zip(model.output_names, found if isinstance(found, list) else [found], strict=True))
+
+    return run
+
+
+_LOADERS = {".onnx": _onnx, ".tflite": _litert, ".xml": _openvino, ".pt2": _torch, ".keras": _keras}
 
 
 def outputs_of(run: Callable, batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
@@ -134,7 +149,8 @@ def outputs_of(run: Callable, batches: Iterable[np.ndarray]) -> dict[str, np.nda
 
 
 if __name__ == "__main__":
-    sys.modules["keras"] = None  # type: ignore[assignment]  # Importing it fails from here on.
+    foreign = "keras_mnv2" if sys.argv[1].endswith(".keras") else "keras"
+    sys.modules[foreign] = None  # type: ignore[assignment]  # Importing it fails from here on.
     with np.load(sys.argv[2]) as batches:
         outputs = outputs_of(load_export(sys.argv[1]), batches.values())
     np.savez(sys.argv[3], allow_pickle=False, **outputs)

@@ -5,12 +5,14 @@ convolutions of `keras.ops` are the vendor's and stay.
 """
 
 import weakref
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import keras
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import spatial_padding
@@ -87,7 +89,7 @@ def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, d
         # The stem, as a matrix product of its windows: 1.7 ms instead of 3.6 for four images.
         pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, dilation)
         assert pairs is not None
-        _, windows = _windows(x, kernel.shape[:2], stride, tuple(pairs), dilation)
+        windows = _Geometry(x.shape[1:3], kernel.shape[:2], stride, tuple(pairs), dilation).windows(x)
         columns = jnp.concatenate([window for _, window in windows], -1)
         y = _product(columns, kernel.reshape(-1, kernel.shape[3]))
         return y if bias is None else y + bias
@@ -106,7 +108,7 @@ def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dil
     x = jnp.moveaxis(x, 1, 3) if first else x
     pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, dilation)
     assert pairs is not None
-    y = _depthwise(x, kernel[..., 0], stride, tuple(pairs), dilation)
+    y = _depthwise(x, kernel[..., 0], _Geometry(x.shape[1:3], kernel.shape[:2], stride, tuple(pairs), dilation))
     y = y if bias is None else y + bias
     return jnp.moveaxis(y, 3, 1) if first else y
 
@@ -134,55 +136,106 @@ def _pad(x, pairs, interior=0):
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pair, interior) for pair in pairs), (0, 0, 0)])
 
 
-def _windows(x, kernel_size, stride, pairs, dilation):
-    sides = [n + sum(pair) for n, pair in zip(x.shape[1:3], pairs, strict=True)]
-    size = [(n - (k - 1) * dilation - 1) // stride + 1 for n, k in zip(sides, kernel_size, strict=True)]
-    return size, _taps(_pad(x, pairs), kernel_size, size, stride, dilation)
+class _Geometry(NamedTuple):
+    """What the shapes of a convolution follow from; sizes and padding are of (height, width)."""
+
+    size: tuple[int, int]
+    kernel_size: tuple[int, int]
+    stride: int
+    pairs: tuple[tuple[int, int], ...]
+    dilation: int
+
+    def output_size(self):
+        sides = zip(self.size, self.kernel_size, self.pairs, strict=True)
+        return tuple((n + sum(pair) - (k - 1) * self.dilation - 1) // self.stride + 1 for n, k, pair in sides)
+
+    def windows(self, x):
+        return _taps(_pad(x, self.pairs), self.kernel_size, self.output_size(), self.stride, self.dilation)
 
 
-def _shifted_products(x, kernel, stride, pairs, dilation):
-    _, windows = _windows(x, kernel.shape[:2], stride, pairs, dilation)
-    return sum(window * kernel[tap] for tap, window in windows)
+def _depthwise(x, kernel, geometry):
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    dtype = jnp.result_type(x, kernel)
+    # Each image has a kernel of its own, so that `vmap` needs no more than a longer batch. The zeros, which XLA drops,
+    # vary over the mesh axes that `x` varies over in `jax.shard_map`.
+    kernels = kernel.astype(_wide(dtype)) + jnp.zeros_like(x, _wide(dtype), shape=(x.shape[0], *kernel.shape))
+    return _output.bind(x.astype(dtype), kernels, geometry=geometry)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _depthwise(x, kernel, stride, pairs, dilation):
-    return _shifted_products(x, kernel, stride, pairs, dilation)
+def _wide(dtype):
+    # Kernels, and their gradients until they are summed, are not of half precision.
+    return jnp.promote_types(dtype, "float32")
 
 
-def _depthwise_forward(x, kernel, stride, pairs, dilation):
-    return _shifted_products(x, kernel, stride, pairs, dilation), (x, kernel)
+# The sum of dy * convolution(x, kernels) is linear in each of the three. Leaving one out gives a function of the other
+# two: the convolution, the images' gradient, the kernels' gradient. JAX is told that they are one another's
+# derivatives, and so differentiates them in either direction and to any order.
 
 
-def _depthwise_backward(stride, pairs, dilation, saved, dy):
-    x, kernel = saved
-    return _input_gradient(x, kernel, stride, pairs, dilation, dy), _kernel_gradient(
-        x, kernel, stride, pairs, dilation, dy
-    )
+def _compute_output(x, kernels, *, geometry):
+    kernels = kernels.astype(x.dtype)[:, :, :, None, None]
+    return sum(window * kernels[:, i, j] for (i, j), window in geometry.windows(x))
 
 
-def _input_gradient(x, kernel, stride, pairs, dilation, dy):
+def _compute_images(dy, kernels, *, geometry):
     # The convolution of dy, its pixels `stride` apart, with the turned kernel.
+    size, kernel_size, stride, pairs, dilation = geometry
     around = []
-    for n, k, pair, out in zip(x.shape[1:3], kernel.shape[:2], pairs, dy.shape[1:3], strict=True):
+    for n, k, pair, out in zip(size, kernel_size, pairs, dy.shape[1:3], strict=True):
         before = (k - 1) * dilation - pair[0]
         around.append((before, n + (k - 1) * dilation - before - ((out - 1) * stride + 1)))
-    spread = _pad(dy, around, stride - 1)
-    return sum(
-        window * kernel[-1 - tap[0], -1 - tap[1]]
-        for tap, window in _taps(spread, kernel.shape[:2], x.shape[1:3], 1, dilation)
-    )
+    windows = _taps(_pad(dy, around, stride - 1), kernel_size, size, 1, dilation)
+    kernels = kernels.astype(dy.dtype)[:, :, :, None, None]
+    return sum(window * kernels[:, -1 - i, -1 - j] for (i, j), window in windows)
 
 
-def _kernel_gradient(x, kernel, stride, pairs, dilation, dy):
+def _compute_kernels(x, dy, *, geometry):
     # Image by image: the nine sums over one image find it in the cache.
     def one(image):
-        pixels, gradient = image
-        windows = _taps(_pad(pixels[None], pairs), kernel.shape[:2], gradient.shape[:2], stride, dilation)
-        wide = gradient.astype("float32")
-        return jnp.stack([(window[0].astype("float32") * wide).sum((0, 1)) for _, window in windows])
+        pixels, gradient = (part.astype(_wide(part.dtype)) for part in image)
+        return jnp.stack([(window[0] * gradient).sum((0, 1)) for _, window in geometry.windows(pixels[None])])
 
-    return lax.map(one, (x, dy)).sum(0).reshape(kernel.shape).astype(kernel.dtype)
+    return lax.map(one, (x, dy)).reshape(x.shape[0], *geometry.kernel_size, x.shape[3])
 
 
-_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+def _primitive(name, compute):
+    """A primitive of JAX that is `compute`."""
+    primitive = Primitive(name)
+    compiled = jax.jit(compute, static_argnames="geometry")
+    primitive.def_impl(compiled)
+
+    @primitive.def_abstract_eval
+    def _(*operands, geometry):
+        # By tracing: the type says also how the result is sharded, and what it varies over in `jax.shard_map`.
+        return jax.make_jaxpr(lambda *operands: compiled(*operands, geometry=geometry))(*operands).out_avals[0]
+
+    def batched(operands, axes, *, geometry):
+        size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
+        fronts = [batching.bdim_at_front(x, axis, size) for x, axis in zip(operands, axes, strict=True)]
+        y = primitive.bind(*(x.reshape(size * x.shape[1], *x.shape[2:]) for x in fronts), geometry=geometry)
+        return y.reshape(size, fronts[0].shape[1], *y.shape[1:]), 0
+
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, mlir.lower_fun(compute, multiple_results=False))
+    return primitive
+
+
+_output = _primitive("depthwise", _compute_output)
+_images = _primitive("depthwise_images", _compute_images)
+_kernels = _primitive("depthwise_kernels", _compute_kernels)
+# Of each primitive, how the gradient g of its result gives those of its operands.
+ad.defbilinear(
+    _output,
+    lambda g, _, kernels, **geometry: _images.bind(g, kernels, **geometry),
+    lambda g, x, _, **geometry: _kernels.bind(x, g, **geometry),
+)
+ad.defbilinear(
+    _images,
+    lambda g, _, kernels, **geometry: _output.bind(g, kernels, **geometry),
+    lambda g, dy, _, **geometry: _kernels.bind(g, dy, **geometry),
+)
+ad.defbilinear(
+    _kernels,
+    lambda g, _, dy, **geometry: _images.bind(dy, g, **geometry),
+    lambda g, x, _, **geometry: _output.bind(x, g, **geometry),
+)

@@ -92,7 +92,7 @@ class Later(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]  # PyTorch's stub is short.
         # What reaches it from C++, where nobody has passed by `__torch_function__`.
         return cls.__torch_function__(func, types, args, kwargs)
 

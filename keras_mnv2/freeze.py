@@ -46,7 +46,7 @@ def freeze(model: keras.Model, before: str | None = None, norms: bool = True, ve
     """
     leaves = list(_leaves(model))
     first = len(leaves) if before is None else _index(leaves, before)
-    model.trainable = True
+    _thaw(model)
     for number, layer in enumerate(leaves):
         if number < first:
             layer.trainable = False
@@ -83,7 +83,7 @@ def unfreeze(model: keras.Model, norms: bool = False, verbose: bool = True) -> i
     leaves = list(_leaves(model))
     parts = [part for layer in leaves for part in _parts(layer)]
     kept = [part for part in parts if isinstance(part, _NORMS) and not part.trainable and not norms]
-    model.trainable = True
+    _thaw(model)
     for part in kept:
         part.trainable = False
     weighted, frozen, _ = _count(leaves)
@@ -103,6 +103,12 @@ def _leaves(model: Any) -> Iterator[Any]:
             yield from _leaves(layer)
         else:
             yield layer
+
+
+def _thaw(model):
+    # On TensorFlow Keras 3.15 passes the same value on to no layer; so another one first.
+    model.trainable = False
+    model.trainable = True
 
 
 def _parts(layer):

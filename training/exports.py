@@ -67,12 +67,12 @@ def random_model(alpha: float, size: int) -> tuple[keras.Model, np.ndarray]:
     model = keras_mnv2.MobileNetV2((size, size, 3), **arguments)
     coarse = np.random.default_rng(0).uniform(-1, 1, (IMAGES, 7, 7, 3)).astype("float32")
     images = keras.ops.convert_to_numpy(keras.ops.image.resize(coarse, (size, size)))
+    names = {layer.name for layer in model.layers}
     for layer in model.layers:
-        for part in ("expand", "depthwise"):
-            if (conv := getattr(layer, part, None)) is not None:
-                conv.norm.beta.assign(np.ones(conv.norm.beta.shape))
-        if getattr(layer, "residual", False):
-            layer.project.norm.gamma.assign(np.full(layer.project.norm.gamma.shape, 0.3))
+        if layer.name.endswith(("_expand_BN", "_depthwise_BN")):
+            layer.beta.assign(np.ones(layer.beta.shape))
+        if layer.name.endswith("_project_BN") and layer.name.replace("_project_BN", "_add") in names:
+            layer.gamma.assign(np.full(layer.gamma.shape, 0.3))
     model(images, training=True)
     return model, images
 

@@ -36,7 +36,7 @@ def train_head(
         The history, as `fit` gives it; nothing in other processes than the first.
     """
     with run.engine.scope():
-        features = keras_mnv2.fold_batch_norm(keras.Model(model.input, model.get_layer("global_pool").output))
+        features = keras_mnv2.fold_batch_norm(keras.Model(model.input, pooled(model)))
     predict = run.engine.predictor(features)
     pairs = []
     for name, batches in (("train", train), ("validation", validation)):
@@ -51,6 +51,11 @@ def train_head(
     rows = np.frombuffer(run.workers.broadcast(content), "float32").reshape(-1, train.classes)
     model.get_layer("predictions").set_weights([rows[:-1], rows[-1]])
     return history
+
+
+def pooled(model: keras.Model) -> keras.KerasTensor:
+    """The vector of features (batch, channels) that a model's classifier reads, before its dropout."""
+    return next(layer for layer in model.layers if isinstance(layer, keras.layers.GlobalAveragePooling2D)).output
 
 
 def features_of(
@@ -117,24 +122,12 @@ def _train_classifier(config, train, validation, class_weight):
 
 
 def freeze(model: keras.Model, unfreeze_from: str) -> None:
-    """Freezes what lies before the layer `unfreeze_from`, and the batch norms everywhere.
-
-    A frozen batch norm works with its moving statistics, so that the few images of the new task do not blur what the
-    many of the old one have given (Keras's guide to transfer learning).
+    """Freezes what lies before the layer or block `unfreeze_from`, and the batch norms everywhere.
 
     Raises:
         ValueError: where the model has no such layer.
     """
-    names = [layer.name for layer in model.layers]
-    if unfreeze_from not in names:
-        blocks = [name for name in names if name.startswith("block_")]
-        raise ValueError(
-            f"unfreeze_from must be a layer of the model, such as {blocks[0]!r} to {blocks[-1]!r} or 'predictions', "
-            f"got {unfreeze_from!r}."
-        )
-    first = names.index(unfreeze_from)
-    for number, layer in enumerate(model.layers):
-        layer.trainable = number >= first
-        for part in (layer, *(getattr(layer, name, None) for name in ("expand", "depthwise", "project"))):
-            if isinstance(getattr(part, "norm", None), keras.layers.BatchNormalization):
-                part.norm.trainable = False
+    try:
+        keras_mnv2.freeze(model, before=unfreeze_from)
+    except ValueError as error:
+        raise ValueError(str(error).replace("before must", "unfreeze_from must", 1)) from None

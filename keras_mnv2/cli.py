@@ -22,7 +22,7 @@ from keras_mnv2.evaluation import SUFFIXES, evaluation_data
 from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of, scales_pixels
-from keras_mnv2.weights.load import checkpoint_of, classes_of, read_source
+from keras_mnv2.weights.source import checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, imagenet_checkpoint, list_weights
 
 TOP = 5

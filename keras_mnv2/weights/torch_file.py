@@ -1,21 +1,27 @@
 """Tensors out of PyTorch's files, without PyTorch and without running anything that a file says."""
 
-import collections
+import functools
+import io
 import math
-import pickle
+import os
 import pickletools
-import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from keras_mnv2.weights.bounds import Archive
+
 # Signature of the files of `torch.save` before 1.6, and of those written without its zip format since.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_DTYPES = {
+# NumPy has no bfloat16: these are read as the upper halves of float32.
+_BFLOAT16 = "bfloat16"
+_STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
+    "BFloat16Storage": _BFLOAT16,
     "LongStorage": "int64",
     "IntStorage": "int32",
     "ShortStorage": "int16",
@@ -23,142 +29,326 @@ _DTYPES = {
     "ByteStorage": "uint8",
     "BoolStorage": "bool",
 }
+_DICTIONARIES = ("collections.OrderedDict", "collections.defaultdict")
+_TENSORS = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
+_PARAMETERS = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
+# A tensor takes 30 operations of a pickle; the limit bounds time and memory.
+_MOST_OPERATIONS = 2**22
+_LONGEST_NAME, _MOST_AXES = 1000, 32
 
 
-def read_torch_file(path: Path) -> Any:
-    """Reads a file of `torch.save`, zipped or of the older form, with its tensors as NumPy arrays.
+def read_torch_file(path: Path) -> dict[str, np.ndarray]:
+    """Reads the tensors of a file of `torch.save`, zipped or of the older form.
 
-    The pickle inside may name dictionaries and tensors and nothing else: anything more is an error before
-    it could be called.
+    Whatever else a training script put beside them (arguments, scores, the state of an optimizer, objects of any
+    class) is passed over: no class is imported, and nothing is called. The tensors of a module that was saved as a
+    whole have the names of its state dictionary.
 
     Args:
         path: of the file.
 
     Returns:
-        What was saved, usually a dictionary of arrays.
+        The tensors by the keys that lead to them, joined by `/`, as views of the storages that they share.
+        bfloat16 comes as float32.
 
     Raises:
-        pickle.UnpicklingError: where the file asks for anything but tensors.
-        Exception: of the zip or pickle module, where the file is truncated or corrupt.
+        EOFError: where the file ends early.
+        ValueError: where it holds no tensors under names; the message says what it holds.
+        Exception: of other kinds, where it is corrupt.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return _read_zip(archive)
     with open(path, "rb") as file:
+        if file.read(2) == b"PK":
+            with Archive(path) as archive:
+                return _read_zip(archive)
+        file.seek(0)
         return _read_legacy(file)
 
 
-class _Fixed:
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("it changes a tensor after it was made")
+def widened(halves: np.ndarray) -> np.ndarray:
+    """float32 values of those whose upper 16 bits are given, which is what bfloat16 is."""
+    return (halves.astype("uint32") << 16).view("float32")
 
 
-class _Storage(_Fixed):
-    """The numbers that tensors are views of; `values` may be filled in after the tensors were made."""
+class _Unknown(dict):
+    """Stands for a name of the file, and for what that would make: with its items, in case it was a dictionary."""
 
-    def __init__(self, dtype, length):
-        self.dtype, self.length, self.values = np.dtype(dtype), length, None
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.state = name, None
 
 
-class _Tensor(_Fixed):
+class _Storage:
+    """The numbers that tensors are views of; `read` gives their bytes."""
+
+    def __init__(self, dtype: str, length: int, read: Callable[[], Any] | None = None):
+        self.dtype, self.length, self.read = dtype, length, read
+        self.itemsize = 2 if dtype == _BFLOAT16 else np.dtype(dtype).itemsize
+
+    @functools.cached_property
+    def values(self):
+        if self.read is None:
+            raise ValueError("a tensor has a storage that the file lacks")
+        data = self.read()
+        return widened(np.frombuffer(data, "uint16")) if self.dtype == _BFLOAT16 else np.frombuffer(data, self.dtype)
+
+
+class _Tensor:
     """A view of a storage, by shape and strides in elements."""
 
     def __init__(self, storage, offset, shape, strides):
-        self.storage, self.offset, self.shape, self.strides = storage, offset, tuple(shape), tuple(strides)
+        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
 
     def array(self):
         values = self.storage.values
-        numbers = [self.offset, *self.shape, *self.strides]
-        if any(type(n) is not int or n < 0 for n in numbers) or len(self.shape) != len(self.strides):
-            raise pickle.UnpicklingError(f"a tensor has the shape {self.shape} and strides {self.strides}")
+        axes = [axes for axes in (self.shape, self.strides) if isinstance(axes, tuple) and len(axes) <= _MOST_AXES]
+        numbers = (self.offset, *sum(axes, ()))
+        if len(set(map(len, axes))) > 1 or len(axes) < 2 or any(type(n) is not int or n >> 48 for n in numbers):
+            raise ValueError("a tensor has a shape, strides or offset that no tensor has")
         count = math.prod(self.shape)
         last = self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
         # A view beyond its storage, or one that repeats it, is no tensor of a checkpoint.
         if count and (last >= len(values) or count > len(values)):
-            raise pickle.UnpicklingError(f"a tensor of shape {self.shape} reaches beyond its {len(values)} values")
-        view = np.lib.stride_tricks.as_strided(
+            raise ValueError(f"a tensor of shape {self.shape} reaches beyond its {len(values)} values")
+        return np.lib.stride_tricks.as_strided(
             values[self.offset :], self.shape, [step * values.itemsize for step in self.strides]
         )
-        return np.array(view, order="C")
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file, storages, read=None):
-        super().__init__(file, encoding="utf-8")
-        self.storages, self.read = storages, read
+class _Bounded:
+    """A file that is asked for no more than it has: a pickle may say that a text of gigabytes follows."""
 
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, strides, *_: _Tensor(storage, offset, shape, strides)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is neither a tensor nor a dictionary")
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.ended = file, size, False
+        self.tell, self.readline = file.tell, file.readline
 
-    def persistent_load(self, pid):
-        kind, dtype, key, _, length = pid[:5]
-        if kind != "storage":
-            raise pickle.UnpicklingError(f"it refers to an object of kind {kind!r}")
-        if dtype not in _DTYPES.values():
-            raise pickle.UnpicklingError(f"it has a storage of {dtype!r}")
-        if key not in self.storages:
-            self.storages[key] = _Storage(dtype, length)
-            if self.read is not None:
-                self.storages[key].values = np.frombuffer(self.read(key), self.storages[key].dtype)
-        return self.storages[key]
+    def read(self, count: int) -> bytes:
+        left = self.size - self.tell()
+        self.ended |= count > left
+        return self.file.read(min(count, left))
+
+    def numbers(self, count: int) -> bytearray:
+        """The next bytes, all of them."""
+        data = self.read(count)
+        if len(data) != count:
+            raise EOFError("it ends within the numbers of a tensor")
+        return bytearray(data)
 
 
-def _load(file, storages, read=None):
-    """Reads the next pickle of a file."""
-    start = file.tell()
-    # A short file may name a place in the unpickler's memory that is gigabytes away, and that it would fill up to.
-    for code, value, position in pickletools.genops(file):
-        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > (position or 0):  # type: ignore[operator]
-            raise pickle.UnpicklingError(f"it counts {value} objects in {position} bytes")
-    file.seek(start)
-    return _Unpickler(file, storages, read).load()
+class _Machine:
+    """Carries out a pickle's operations, none of which calls anything: names stay names.
+
+    Args:
+        storage: gives the storage of a persistent id.
+    """
+
+    def __init__(self, storage: Callable[[Any], _Storage]):
+        self.storage, self.stack, self.marks, self.memo = storage, [], [], {}
+
+    def run(self, file: _Bounded) -> Any:
+        """What the next pickle of a file makes."""
+        try:
+            for count, (operation, value, _) in enumerate(pickletools.genops(file)):
+                if count > _MOST_OPERATIONS:
+                    raise ValueError(f"it has more than {_MOST_OPERATIONS} operations")
+                if operation.name != "STOP":
+                    self._do(operation.name, value)
+            return self.stack.pop()
+        except Exception as error:
+            if file.ended:
+                raise EOFError("it ends within a pickle") from error
+            raise error if isinstance(error, ValueError) else ValueError("its pickle is corrupt") from error
+
+    def _do(self, name, value):
+        stack, pop = self.stack, self.stack.pop
+        if name in _VALUES:
+            stack.append(value)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name]())
+        elif name == "MARK":
+            self.marks.append(len(stack))
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            self.memo[len(self.memo) if value is None else value] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self.memo[value])
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(name[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        elif name in ("TUPLE", "LIST", "DICT", "FROZENSET"):
+            items = self._marked()
+            stack.append({"TUPLE": tuple, "LIST": list, "DICT": _dictionary}.get(name, _nothing)(items))
+        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
+            items = [pop()] if name == "APPEND" else self._marked()
+            if isinstance(stack[-1], list):
+                stack[-1].extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            value, key = (pop(), pop()) if name == "SETITEM" else (None, None)
+            items = [key, value] if name == "SETITEM" else self._marked()
+            if isinstance(stack[-1], dict):
+                stack[-1].update(_dictionary(items))
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            attribute, module = (pop(), pop()) if value is None else reversed(value.split(" ", 1))
+            stack.append(_Unknown(f"{module}.{attribute}"))
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = pop()
+            stack.append(_made(pop(), arguments))
+        elif name == "NEWOBJ_EX":
+            del stack[-2:]
+        elif name in ("INST", "OBJ"):
+            items = self._marked()
+            stack.append(_Unknown(items[0].name if value is None else value.replace(" ", ".")))
+        elif name == "BUILD":
+            state = pop()
+            if isinstance(stack[-1], _Unknown):
+                stack[-1].state = state
+        elif name == "BINPERSID":
+            stack.append(self.storage(pop()))
+        elif name == "POP":
+            pop()
+        elif name == "POP_MARK":
+            self._marked()
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name not in ("PROTO", "FRAME"):
+            raise ValueError(f"it has the operation {name}, which no file of tensors needs")
+
+    def _marked(self):
+        """Takes what lies above the last mark."""
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
 
 
-def _read_zip(archive):
+_VALUES = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+}
+
+
+def _nothing(*_):
+    return _Unknown("builtins.set")
+
+
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": _nothing,
+}
+
+
+def _dictionary(items):
+    """Of keys and values in turn; only texts are names, and nothing else is worth hashing."""
+    return {key: value for key, value in zip(items[::2], items[1::2], strict=True) if isinstance(key, str)}
+
+
+def _made(function, arguments):
+    """What a call in a pickle would give, where that is a tensor or a dictionary."""
+    if not isinstance(function, _Unknown) or not isinstance(arguments, tuple):
+        raise ValueError("it calls what is no name")
+    if function.name in _TENSORS:
+        if len(arguments) < 4 or not isinstance(arguments[0], _Storage):
+            raise ValueError("it has a tensor without a storage")
+        return _Tensor(*arguments[:4])
+    if function.name in _PARAMETERS:
+        return arguments[0]
+    if function.name == "torch._tensor._rebuild_from_type_v2":
+        return _made(arguments[0], arguments[2])
+    if function.name in _DICTIONARIES:
+        # Python 2 gave the items at once. They are taken out of their list, so that no list is gone through twice.
+        pairs = arguments[0] if arguments and isinstance(arguments[0], list) else []
+        items = [part for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2 for part in pair]
+        pairs.clear()
+        return _dictionary(items)
+    return _Unknown(function.name)
+
+
+def _storage(pid, storages, read=None):
+    """The storage that a persistent id names: each once."""
+    kind, dtype, key, _, length, *view = pid
+    name = dtype.name.rpartition(".")[2] if isinstance(dtype, _Unknown) else repr(dtype)
+    if kind != "storage" or name not in _STORAGES or not isinstance(key, str) or type(length) is not int:
+        raise ValueError(f"it has a storage of {name}")
+    if view and view[0] is not None:
+        raise ValueError("it has a storage that is a part of another one")
+    if key not in storages:
+        storages[key] = _Storage(_STORAGES[name], length, read and functools.partial(read, key))
+    return storages[key]
+
+
+def _read_zip(archive: Archive):
     names = [name for name in archive.namelist() if name.endswith("data.pkl") and name.count("/") <= 1]
     if len(names) != 1:
-        raise pickle.UnpicklingError("it is a zip file without the data.pkl of PyTorch")
+        raise ValueError("it is a zip file with neither PyTorch's data.pkl nor Keras's model.weights.h5")
     prefix = names[0].removesuffix("data.pkl")
-    if f"{prefix}byteorder" in archive.namelist() and archive.read(f"{prefix}byteorder") != b"little":
-        raise pickle.UnpicklingError("its numbers are not little-endian")
-    with archive.open(names[0]) as file:
-        return _arrays(_load(file, {}, lambda key: archive.read(f"{prefix}data/{key}")))
+    if f"{prefix}byteorder" in archive.namelist() and archive.member(f"{prefix}byteorder") != b"little":
+        raise ValueError("its numbers are not little-endian")
+    data = archive.member(names[0])
+    storages: dict[str, _Storage] = {}
+    machine = _Machine(lambda pid: _storage(pid, storages, lambda key: archive.member(f"{prefix}data/{key}")))
+    return _named(machine.run(_Bounded(io.BytesIO(data), len(data))))
 
 
 def _read_legacy(file: BinaryIO):
-    if _load(file, {}) != LEGACY_MAGIC:
-        raise pickle.UnpicklingError("it does not start as a file of PyTorch")
-    _load(file, {})  # The version of the protocol, and the sizes of integers after it.
-    _load(file, {})
+    bounded = _Bounded(file, os.fstat(file.fileno()).st_size)
     storages: dict[str, _Storage] = {}
-    saved = _load(file, storages)
-    for key in _load(file, {}):
-        length = int.from_bytes(_exactly(file, 8), "little")
-        storage = storages[key]
+
+    def load():
+        return _Machine(lambda pid: _storage(pid, storages)).run(bounded)
+
+    if load() != LEGACY_MAGIC:
+        raise ValueError("it is a pickle, but none that PyTorch wrote")
+    load(), load()  # The version of the protocol, and the sizes of integers after it.
+    saved = load()
+    for key in load():
+        storage, length = storages[key], int.from_bytes(bounded.numbers(8), "little")
         if length != storage.length:
-            raise pickle.UnpicklingError(f"a storage has {length} values instead of {storage.length}")
-        storage.values = np.frombuffer(_exactly(file, length * storage.dtype.itemsize), storage.dtype)
-    return _arrays(saved)
+            raise ValueError(f"a storage has {length} values instead of {storage.length}")
+        storage.read = functools.partial(bytearray, bounded.numbers(length * storage.itemsize))
+    return _named(saved)
 
 
-def _exactly(file, count):
-    data = file.read(count)
-    if len(data) != count:
-        raise EOFError("it ends early")
-    return data
+def _named(saved):
+    """The tensors of a dictionary, and of those inside it, each of which is walked once."""
+    found, seen, todo = {}, set(), [("", saved)] if isinstance(saved, dict) else []
+    while todo:
+        path, thing = todo.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        for key, value in _items(thing):
+            # A dictionary inside the other a thousand times over, or a key of a million letters, names nothing.
+            if len(path) + len(key) > _LONGEST_NAME:
+                continue
+            if isinstance(value, _Tensor):
+                found[path + key] = value.array()
+            elif isinstance(value, dict):
+                todo.append((path + key, value))
+    if not found:
+        raise ValueError(f"it holds no dictionary of tensors but {_kind(saved)}")
+    return found
 
 
-def _arrays(saved):
-    if isinstance(saved, _Tensor):
-        return saved.array()
+def _items(thing):
+    """What a dictionary or a module of PyTorch holds, by what it adds to the name."""
+    if isinstance(thing, _Unknown) and isinstance(thing.state, dict):
+        thing = thing.state
+        if "_modules" in thing:
+            for part, separator in (("_parameters", ""), ("_buffers", ""), ("_modules", ".")):
+                inner = thing.get(part)
+                yield from ((key + separator, value) for key, value in inner.items()) if isinstance(inner, dict) else ()
+            return
+    for key, value in thing.items():
+        yield f"{key}/" if isinstance(value, dict) else key, value
+
+
+def _kind(saved):
+    if isinstance(saved, _Unknown):
+        return f"a {saved.name}"
     if isinstance(saved, dict):
-        return {key: _arrays(value) for key, value in saved.items()}
-    return [_arrays(value) for value in saved] if isinstance(saved, list | tuple) else saved
+        return f"a dictionary with the keys {', '.join(map(repr, list(saved)[:5]))}" if saved else "an empty dictionary"
+    return "one tensor without a name" if isinstance(saved, _Tensor) else f"a {type(saved).__name__}"

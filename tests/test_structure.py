@@ -32,6 +32,7 @@ FLOORS = {
     "cost": 2,
     "weights": 0,
     "weights.bounds": 0,
+    "weights.torch_pickle": 0,
     "weights.torch_file": 1,
     "weights.hdf5": 1,
     "weights.table": 1,

@@ -97,7 +97,8 @@ def _compare(path):
     first, found = record.read_text(errors="replace").partition(" ")[0], _digits(path)
     if found != first:
         print(
-            f"{path} has the SHA-256 {found}, at its first download it was {first}: where that is right, remove {record}.",
+            f"{path} has the SHA-256 {found}, at its first download it was {first}: "
+            f"where that is right, remove {record}.",
             flush=True,
         )
 

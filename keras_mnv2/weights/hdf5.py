@@ -54,7 +54,8 @@ def check_hdf5(path: str | os.PathLike) -> None:
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """Opens an HDF5 file, or the one inside a `.keras` file, once `check_hdf5`'s rules were found to hold."""
     with contextlib.ExitStack() as stack:
-        size, target = os.path.getsize(path), path
+        size = os.path.getsize(path)
+        target: Path | io.BytesIO = path
         if zipfile.is_zipfile(path):
             target = io.BytesIO(stack.enter_context(Archive(path)).member(INNER))
         try:
@@ -184,9 +185,9 @@ def _keras3(group, path):
 
 
 def _own_name(layer):
-    attributes = layer["vars"].attrs if "vars" in layer else {}
+    attributes = layer["vars"].attrs if "vars" in layer else None
     # A list of names could repeat one long one beyond all memory.
-    if "name" not in attributes or attributes.get_id("name").shape != ():
+    if attributes is None or "name" not in attributes or attributes.get_id("name").shape != ():
         return None
     name = attributes["name"]
     name = name.decode() if isinstance(name, bytes) else name

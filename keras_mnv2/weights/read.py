@@ -8,7 +8,8 @@ from safetensors import SafetensorError, deserialize
 
 from keras_mnv2.weights.bounds import Archive
 from keras_mnv2.weights.hdf5 import INNER, hdf5_arrays, open_hdf5
-from keras_mnv2.weights.torch_file import read_torch_file, widened
+from keras_mnv2.weights.torch_file import read_torch_file
+from keras_mnv2.weights.torch_pickle import widened
 
 # Of safetensors; bfloat16 is read by its bits.
 _DTYPES = {

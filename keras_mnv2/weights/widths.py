@@ -94,11 +94,11 @@ def widths_of(source: Source) -> Widths | None:
         blocks.append(place._replace(expanded=expanded))
         found.append((shapes[-2][2], shapes[-1][3]))
     names = file_names(layout, blocks, True, False, arrays)
-    ends = [arrays.get(names[f"{end}/kernel"].key) for end in ("stem", "head")]
-    if ends[0] is None or any(end is not None and end.ndim != 4 for end in ends):
+    stem, head = (arrays.get(names[f"{end}/kernel"].key) for end in ("stem", "head"))
+    if stem is None or stem.ndim != 4 or (head is not None and head.ndim != 4):
         return None
-    stem, head = (None if end is None else to_keras(end, "conv", layout).shape[3] for end in ends)
-    return Widths(stem, tuple(found), head)
+    last = None if head is None else to_keras(head, "conv", layout).shape[3]
+    return Widths(to_keras(stem, "conv", layout).shape[3], tuple(found), last)
 
 
 def _candidates(choice, count, whole, setting) -> Iterator[tuple[float, float, bool]]:

@@ -53,16 +53,18 @@ def check_hdf5(path: str | os.PathLike) -> None:
 @contextlib.contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """Opens an HDF5 file, or the one inside a `.keras` file, once `check_hdf5`'s rules were found to hold."""
-    with contextlib.ExitStack() as stack:
-        size = os.path.getsize(path)
-        target: Path | io.BytesIO = path
-        if zipfile.is_zipfile(path):
-            target = io.BytesIO(stack.enter_context(Archive(path)).member(INNER))
-        try:
-            file = stack.enter_context(h5py.File(target, "r"))
-        except OSError as error:
-            raise EOFError("its end is missing") if "truncated file" in str(error) else error from None
-        _check_all(file, size)
+    if zipfile.is_zipfile(path):
+        with Archive(path) as archive:
+            data = bytes(archive.member(INNER))
+    else:
+        data = path.read_bytes()
+    # From memory: HDF5 takes a path for a file that it could not close before, and shares what it believed of that.
+    try:
+        file = h5py.File(io.BytesIO(data), "r")
+    except OSError as error:
+        raise EOFError("its end is missing") if "truncated file" in str(error) else error from None
+    with file:
+        _check_all(file, os.path.getsize(path))
         yield file
 
 
@@ -143,7 +145,7 @@ def hdf5_arrays(file: h5py.File) -> dict[str, np.ndarray]:
         # Anything else is text, whose length no header says.
         if dataset.dtype.kind not in "biuf":
             raise ValueError(f"{name} holds values of type {dataset.dtype}")
-        arrays[name] = dataset[()]
+        arrays[name] = np.asarray(dataset[()])
     return arrays
 
 

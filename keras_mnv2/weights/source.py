@@ -16,6 +16,7 @@ HUB = "https://huggingface.co/"
 # What says nothing of a network: the keys that training scripts have for it, and what PyTorch's wrappers add.
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PLAIN = {*_WRAPPERS, "module", "_orig_mod"}
+_AVERAGED = re.compile("(?<![a-z])(ema|swa)(?![a-z])|averag", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -132,14 +133,14 @@ def _choose(path, prefixes, arrays, averaged):
             f"the others ({_quoted(others)})."
         )
     elif len(chosen) > 1:
-        print(f"{path.name}: of the networks {_quoted(chosen)} the first, {_quoted([prefix])}, is taken.")
+        print(f"{path.name}: of the networks {_quoted(chosen)} {_quoted([prefix])} is taken.")
     return prefix
 
 
 def _is_averaged(prefix, arrays):
     """timm's scripts name it state_dict_ema, torchvision's model_ema; PyTorch's AveragedModel counts its models."""
     within = prefix.removesuffix("module.")
-    return re.search(r"(?<![a-z])(ema|swa)(?![a-z])|averag", prefix, re.IGNORECASE) or f"{within}n_averaged" in arrays
+    return _AVERAGED.search(prefix) or f"{within}n_averaged" in arrays
 
 
 def _quoted(prefixes):
@@ -170,7 +171,7 @@ def _tell(path, prefix, layout, left):
     for key, value in left.items():
         width = value.shape[0 if layout.torch else 1] if value.ndim == 2 else None
         heads.append(re.sub(r"[./](weight|kernel)$", "", key) + (f" ({width} classes)" if width else ""))
-    if heads or not _PLAIN.issuperset(part for part in re.split("[./]", prefix) if part):
+    if heads or any(part not in _PLAIN and not _AVERAGED.search(part) for part in re.findall("[^./]+", prefix)):
         where = f"in {_quoted([prefix])} " if prefix else ""
         without = f", without {', '.join(heads[:3])}" + (f" and {len(heads) - 3} more" if len(heads) > 3 else "")
         print(f"{path.name}: the MobileNetV2 {where}is taken{without if heads else ''}.")

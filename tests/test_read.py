@@ -152,7 +152,7 @@ def test_a_module_that_was_saved_whole(form, tmp_path):
     ("saved", "kind"),
     [
         ({"args": argparse.Namespace(lr=1), "epoch": 3}, "a dictionary with the keys 'args', 'epoch'"),
-        ({}, "an empty dictionary"),
+        ({1: 2}, "a dictionary without names"),
         (argparse.Namespace(lr=1), "a argparse.Namespace"),
         ([torch.ones(2)], "a list"),
         (torch.ones(2), "one tensor without a name"),

@@ -383,7 +383,7 @@ def test_several_networks_in_a_file(trained, tmp_path, capsys):
         small(tmp_path / "pair.pth")
     torch.save({"best": {**state}, "state_dict": state}, tmp_path / "best.pth")
     small(tmp_path / "best.pth")
-    assert "of the networks 'state_dict', 'best' 'state_dict' is taken" in capsys.readouterr().out
+    assert "of the networks 'best', 'state_dict' 'state_dict' is taken" in capsys.readouterr().out
 
 
 def test_weights_in_half_precision(torchvision_file, tmp_path):

@@ -1,5 +1,6 @@
 """Tensors out of PyTorch's files, without PyTorch and without running anything that a file says."""
 
+import collections
 import functools
 import io
 import os
@@ -83,41 +84,37 @@ def _given(data):
 
 def _named(saved):
     """The tensors of a dictionary, and of those inside it, each of which is walked once."""
-    found, seen, todo = {}, set(), [("", saved)] if isinstance(saved, dict) else []
+    found, seen, todo = {}, set(), collections.deque([("", saved, "/")])
     while todo:
-        path, thing = todo.pop()
-        if id(thing) in seen:
+        path, thing, joint = todo.popleft()
+        made = isinstance(thing, Unknown) and isinstance(thing.state, dict)
+        thing = thing.state if made else thing
+        if not isinstance(thing, dict) or id(thing) in seen:
             continue
         seen.add(id(thing))
-        for key, value in _items(thing):
+        if made and "_modules" in thing:
+            todo += [(path, thing.get(part), ".") for part in ("_parameters", "_buffers", "_modules")]
+            continue
+        for key, value in thing.items():
             # A dictionary inside the other a thousand times over, or a key of a million letters, names nothing.
             if len(path) + len(key) > _LONGEST_NAME:
                 continue
             if isinstance(value, Tensor):
                 found[path + key] = value.array()
-            elif isinstance(value, dict):
-                todo.append((path + key, value))
+            else:
+                todo.append((path + key + joint, value, "/"))
     if not found:
         raise ValueError(f"it holds no dictionary of tensors but {_kind(saved)}")
     return found
-
-
-def _items(thing):
-    """What a dictionary or a module of PyTorch holds, by what it adds to the name."""
-    if isinstance(thing, Unknown) and isinstance(thing.state, dict):
-        thing = thing.state
-        if "_modules" in thing:
-            for part, separator in (("_parameters", ""), ("_buffers", ""), ("_modules", ".")):
-                inner = thing.get(part)
-                yield from ((key + separator, value) for key, value in inner.items()) if isinstance(inner, dict) else ()
-            return
-    for key, value in thing.items():
-        yield f"{key}/" if isinstance(value, dict) else key, value
 
 
 def _kind(saved):
     if isinstance(saved, Unknown):
         return f"a {saved.name}"
     if isinstance(saved, dict):
-        return f"a dictionary with the keys {', '.join(map(repr, list(saved)[:5]))}" if saved else "an empty dictionary"
+        return (
+            f"a dictionary with the keys {', '.join(map(repr, list(saved)[:5]))}"
+            if saved
+            else "a dictionary without names"
+        )
     return "one tensor without a name" if isinstance(saved, Tensor) else f"a {type(saved).__name__}"

@@ -152,7 +152,7 @@ def test_a_module_that_was_saved_whole(form, tmp_path):
     ("saved", "kind"),
     [
         ({"args": argparse.Namespace(lr=1), "epoch": 3}, "a dictionary with the keys 'args', 'epoch'"),
-        ({1: 2}, "a dictionary without names"),
+        ({1: 2}, "one without names"),
         (argparse.Namespace(lr=1), "a argparse.Namespace"),
         ([torch.ones(2)], "a list"),
         (torch.ones(2), "one tensor without a name"),
@@ -503,6 +503,12 @@ NO_WEIGHTS = {
 def test_a_file_of_something_else(kind, tmp_path):
     NO_WEIGHTS[kind](tmp_path / "file")
     refused(tmp_path / "file")
+
+
+def test_a_file_without_the_first_kernel_makes_no_model(arrays, tmp_path):
+    save_file({k: v for k, v in arrays.items() if k != "features.0.0.weight"}, tmp_path / "file.safetensors")
+    with pytest.raises(ValueError, match=r"file\.safetensors.* it lacks features\.0\.0\.weight"):
+        keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=tmp_path / "file.safetensors")
 
 
 def test_no_file(tmp_path):

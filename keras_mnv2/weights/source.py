@@ -81,7 +81,8 @@ def read_source(weights: str | os.PathLike | Checkpoint | Source, averaged: bool
     layout = networks[prefix]
     taken = {key: key.removeprefix(prefix) for key in arrays if key.startswith(prefix)}
     if not layout.torch:
-        taken = {key: name for key, name in taken.items() if name in _own(layout, taken.values())}
+        own = _own(layout, taken.values())
+        taken = {key: name for key, name in taken.items() if name in own}
     _check_numbers(path, arrays, taken)
     others = tuple(networks.keys() - {prefix})
     _tell(path, prefix, layout, {key: arrays[key] for key in arrays.keys() - taken if not key.startswith(others)})
@@ -91,7 +92,7 @@ def read_source(weights: str | os.PathLike | Checkpoint | Source, averaged: bool
 def classes_of(source: Source) -> int:
     """The width of a file's classifier, or 0 where it has none."""
     key = file_names(source.layout, [], False, True, source.arrays)["predictions/bias"].key
-    return len(source.arrays[key]) if key in source.arrays else 0
+    return source.arrays[key].size if key in source.arrays else 0
 
 
 def check_channels(source: Source | Checkpoint, channels: int) -> None:
@@ -101,8 +102,9 @@ def check_channels(source: Source | Checkpoint, channels: int) -> None:
     else:
         key = file_names(source.layout, [], False, False, source.arrays)["stem/kernel"].key
         name, axis = str(source.path), 1 if source.layout.torch else 2
-        shape = source.arrays[key].shape
-        wanted = shape[axis] if len(shape) == 4 else channels
+        # Loading names what is missing or of another shape.
+        kernel = source.arrays.get(key)
+        wanted = kernel.shape[axis] if kernel is not None and kernel.ndim == 4 else channels
     if channels != wanted:
         raise ValueError(f"input_shape must have {wanted} channels with the weights {name!r}, got {channels}.")
 

@@ -111,10 +111,8 @@ def _named(saved):
 def _kind(saved):
     if isinstance(saved, Unknown):
         return f"a {saved.name}"
-    if isinstance(saved, dict):
-        return (
-            f"a dictionary with the keys {', '.join(map(repr, list(saved)[:5]))}"
-            if saved
-            else "a dictionary without names"
-        )
-    return "one tensor without a name" if isinstance(saved, Tensor) else f"a {type(saved).__name__}"
+    if isinstance(saved, Tensor):
+        return "one tensor without a name"
+    if not isinstance(saved, dict):
+        return f"a {type(saved).__name__}"
+    return f"a dictionary with the keys {', '.join(map(repr, list(saved)[:5]))}" if saved else "one without names"

@@ -24,8 +24,10 @@ from keras_mnv2.layers.compact import NORM_EPSILON, InvertedResidual
 from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.ops.padding import PADDINGS
 from keras_mnv2.preprocessing import preprocessing_layer
-from keras_mnv2.weights.load import checkpoint_of, classes_of, load_source, read_source
+from keras_mnv2.weights.load import load_source
+from keras_mnv2.weights.source import check_channels, checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import HALF, Checkpoint, imagenet_checkpoint
+from keras_mnv2.weights.widths import settings_of
 
 MIN_SIZE = 32
 # What a checkpoint decides, and what holds without one.
@@ -49,6 +51,7 @@ def MobileNetV2(
     classifier_activation: str | Callable | None = "softmax",
     name: str | None = None,
     *,
+    averaged: bool | None = None,
     inverted_residual_setting: Sequence[Sequence[float]] | None = None,
     round_nearest: int = 8,
     block: Callable[..., keras.layers.Layer] | None = None,
@@ -84,14 +87,18 @@ def MobileNetV2(
             `"imagenet"`, the default, is Keras's checkpoint for this width and resolution (that of 224 pixels
             where there is none, with a warning); a name such as `"torchvision/IMAGENET1K_V2"` is that one;
             `"hf://OWNER/REPOSITORY"` one of the Hugging Face Hub; a path is a file in any of their layouts, or
-            one that this package wrote, see `keras_mnv2.load_weights`. A file of PyTorch's layouts brings
-            its padding and epsilon, unless they are given. None is random weights. Where the classifier has
-            another width than `classes`, or there is none, it stays random, and a line says so.
+            one that this package wrote, see `keras_mnv2.load_weights`; also a transfer model's file, of which
+            the MobileNetV2 inside is taken. The shapes in a file say its `alpha`, `depth_multiplier`,
+            `fix_stem_head` and `classes`, its layout the padding and epsilon, unless they are given. None is
+            random weights. Where the classifier has another width than `classes`, or there is none, it stays
+            random, and a line says so.
         input_tensor: a Keras tensor to build on.
         pooling: without the top, `"avg"` or `"max"` over the image, or None for the 4D tensor.
         classes: of the classifier; by default the checkpoint's or 1000.
         classifier_activation: of the classifier; None gives logits.
         name: of the model.
+        averaged: whether the running average of the weights is taken from a file that has both, see
+            `keras_mnv2.load_weights`; None for the average where there is one.
         inverted_residual_setting: rows (t, c, n, s), expansion, channels, repeats and stride of each
             stage; by default Table 2 of the paper.
         round_nearest: what each width is a multiple of.
@@ -145,7 +152,7 @@ def MobileNetV2(
         "norm_epsilon": norm_epsilon,
     }
     sides = _known_sides(input_shape, input_tensor, data_format)
-    source, settings = _weights(weights, given, sides, include_top)
+    source, settings = _weights(weights, averaged, given, sides, include_top, inverted_residual_setting, round_nearest)
     alpha, padding, norm_epsilon = settings["alpha"], settings["padding"], settings["norm_epsilon"]
     width = source.classes if isinstance(source, Checkpoint) else classes_of(source) if source else 0
     classes = (width or 1000) if classes is None else classes
@@ -162,6 +169,8 @@ def MobileNetV2(
     side = source.resolution if isinstance(source, Checkpoint) else 224
     image = _image_input(input_shape, input_tensor, side if include_top else None, data_format)
     channel_axis, side_axis = (-1, 1) if data_format == "channels_last" else (1, 2)
+    if source is not None:
+        check_channels(source, image.shape[channel_axis])
     rows = plan(
         alpha=alpha,
         inverted_residual_setting=inverted_residual_setting,
@@ -210,11 +219,11 @@ def MobileNetV2(
     model = model_class(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
     if source is not None:
         # The classifier stays as it is where the file has one of another width, or none.
-        load_source(model, read_source(source), skip_classifier=include_top and classes != width)
+        load_source(model, read_source(source, averaged), skip_classifier=include_top and classes != width)
     return model
 
 
-def _weights(weights, given, sides, include_top):
+def _weights(weights, averaged, given, sides, include_top, setting, round_nearest):
     """What to load, a published checkpoint or a file that was read, and the settings that come with it."""
     if weights is None:
         return None, {**DEFAULTS, **_not_none(given)}
@@ -231,9 +240,10 @@ def _weights(weights, given, sides, include_top):
     else:
         checkpoint = checkpoint_of(weights)
     if checkpoint is None:
-        source = read_source(weights)
+        source = read_source(weights, averaged)
         conventions = {"padding": source.layout.padding, "norm_epsilon": source.layout.norm_epsilon}
-        return source, {**DEFAULTS, **conventions, **_not_none(given)}
+        found = settings_of(source, given, setting, round_nearest)
+        return source, {**DEFAULTS, **conventions, **_not_none(given), **found}
     for name, value in given.items():
         if value is not None and value != getattr(checkpoint, name):
             raise ValueError(

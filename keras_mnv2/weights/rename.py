@@ -227,12 +227,18 @@ _AXES = {"conv": (2, 3, 1, 0), "depthwise": (2, 3, 0, 1), "dense": (1, 0)}
 _NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 
 
-def find_layout(keys: Collection[str]) -> Layout | None:
-    """The layout of a file with these keys, or None."""
+def find_networks(keys: Collection[str]) -> dict[str, Layout]:
+    """The MobileNetV2s in a file with these keys: the layout of each by what stands before its names.
+
+    That is empty in most files. Otherwise it names the dictionary, module or model around the network, such as
+    `state_dict/module.` in a training script's file or `mobilenetv2_1.00_224/` in a transfer model's.
+    """
+    found: dict[str, Layout] = {}
     for layout in LAYOUTS.values():
-        if any(re.fullmatch(layout.mark, key) for key in keys):
-            return layout
-    return None
+        for key in keys:
+            if match := re.fullmatch(rf"(?P<prefix>|.*?[./])(?:{layout.mark})", key):
+                found.setdefault(match["prefix"], layout)
+    return found
 
 
 def file_names(

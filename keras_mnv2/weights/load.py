@@ -1,6 +1,7 @@
 """Weights from a checkpoint into a model, and back into a library's layout."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,16 @@ def load_source(model: keras.Model, source: Source, skip_classifier: bool = Fals
             raise ValueError(f"{told}: {array.key} holds values that are not finite.")
         values[name] = found
     # Every known array but the counters that has no variable: the classifier, and what follows a model's last block.
-    unused = (array.key for name, array in names.items() if name not in wanted and array.role != "counter")
+    unused = [array.key for name, array in names.items() if name not in wanted and array.role != "counter"]
+    statistics = [
+        array.key
+        for name, array in names.items()
+        if name not in variables and name.replace("moving_mean", "gamma") in variables and array.key in source.arrays
+    ]
+    if statistics:
+        raise ValueError(
+            f"{told}: it is of a network with batch norms, such as {statistics[0]}, the model's are others."
+        )
     left = sorted(key for key in unused if key in source.arrays)
     for name, value in values.items():
         variables[name].assign(value)

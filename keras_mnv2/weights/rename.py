@@ -56,6 +56,7 @@ class Layout:
         classifier: prefixes that the classifier may have; the first is written.
         padding: of the library's own models.
         norm_epsilon: of the library's own models.
+        norm_momentum: likewise, in Keras's convention.
         mean: that the library's checkpoints expect, of pixels of 0..1.
         std: likewise.
         prefixes: what may stand before every name but the classifier's; the first is written.
@@ -69,6 +70,7 @@ class Layout:
     classifier: tuple[str, ...]
     padding: str
     norm_epsilon: float
+    norm_momentum: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     prefixes: tuple[str, ...] = ("",)
@@ -141,6 +143,7 @@ LAYOUTS = {
             ("classifier.1",),
             "symmetric",
             1e-5,
+            0.9,
             IMAGENET_MEAN,
             IMAGENET_STD,
         ),
@@ -154,6 +157,7 @@ LAYOUTS = {
             ("classifier", "classifier.1"),
             "symmetric",
             1e-5,
+            0.9,
             IMAGENET_MEAN,
             IMAGENET_STD,
         ),
@@ -166,6 +170,7 @@ LAYOUTS = {
             ("classifier",),
             "symmetric",
             1e-5,
+            0.9,
             IMAGENET_MEAN,
             IMAGENET_STD,
         ),
@@ -178,6 +183,9 @@ LAYOUTS = {
             ("classifier",),
             "same",
             1e-3,
+            # Its code has PyTorch's momentum=0.997 (transformers 5.23): the authors' share of the old statistics as
+            # that of the new ones, so that one step replaces them. Here it is what the authors meant.
+            0.997,
             HALF,
             HALF,
             ("mobilenet_v2.", ""),
@@ -192,6 +200,7 @@ LAYOUTS = {
             ("Logits", "predictions"),
             "same",
             1e-3,
+            0.999,
             HALF,
             HALF,
         ),
@@ -204,6 +213,7 @@ LAYOUTS = {
             ("predictions", "Logits"),
             "same",
             1e-3,
+            0.999,
             HALF,
             HALF,
         ),
@@ -216,6 +226,7 @@ LAYOUTS = {
             ("predictions",),
             "same",
             1e-3,
+            0.9,
             HALF,
             HALF,
         ),

@@ -158,6 +158,8 @@ def MobileNetV2(
         "norm_epsilon": norm_epsilon,
     }
     sides = _known_sides(input_shape, input_tensor, data_format)
+    if weights is None and averaged is not None:
+        raise ValueError(f"averaged must be left out where weights is None, got {averaged!r}.")
     source, settings = _weights(weights, averaged, given, sides, include_top, inverted_residual_setting, round_nearest)
     alpha, padding, norm_epsilon = settings["alpha"], settings["padding"], settings["norm_epsilon"]
     width = source.classes if isinstance(source, Checkpoint) else classes_of(source) if source else 0

@@ -42,7 +42,7 @@ class _Compact(keras.layers.Layer):
 
     def __call__(self, *args, **kwargs):
         if self.built and len(args) == 1 and kwargs == {"training": False}:
-            direct = ops.runs_directly(self, args[0], False) and is_plain(self)
+            direct = ops.runs_directly(self, args[0]) and is_plain(self)
             # Whoever watches a part is told only by its own `__call__`.
             parts = self._parts().values() if direct else ()
             if direct and all(is_plain(part) for part in parts if isinstance(part, keras.Layer)):

@@ -188,11 +188,12 @@ _ROLES = (
 
 def role_of(layer: Any) -> str | None:
     """What a layer is to a block: `"conv"`, `"norm"`, `"activation"`, `"add"`, `"pad"`, or None."""
-    return _role_of_class(type(layer))
+    kind: Any = type(layer)
+    return _role_of_class(kind)
 
 
 @functools.cache
-def _role_of_class(kind):
+def _role_of_class(kind: Any) -> str | None:
     return next((role for role, kinds in _ROLES if issubclass(kind, kinds)), None)
 
 

@@ -283,11 +283,12 @@ class Call:
         layer: the layer.
         inputs: a tuple of tensors.
         shape: of the output; (batch, ...).
+        value: the output, once it is computed.
         device: of the output, on PyTorch.
         versions: of what it reads, at the time of the call, where the backend counts them.
     """
 
-    __slots__ = ("_value", "device", "inputs", "layer", "shape", "versions")
+    __slots__ = ("device", "inputs", "layer", "shape", "value", "versions")
 
     def __init__(self, layer: Any, inputs: tuple, shape: Any = None, device: Any = None):
         self.layer = layer
@@ -295,7 +296,7 @@ class Call:
         self.shape = shape
         self.device = device
         self.versions: Any = None
-        self._value: Any = None
+        self.value: Any = None
 
     @property
     def ends_block(self) -> bool:
@@ -308,22 +309,22 @@ class Call:
         Raises:
             RuntimeError: where the numbers that it reads have changed since the call.
         """
-        if self._value is None:
+        if self.value is None:
             block = read_block(self, _pending, _always)
             if block is not None:
                 # Of blocks before this one first, so that the check ends there.
                 x = ops.settled(block.start)
                 self._check_versions()
                 units = [group.unit() for group in block.groups]
-                self._value = run_block(units, x, block.shortcut, False, units[0].data_format)
+                self.value = run_block(units, x, block.shortcut, False, units[0].data_format)
             elif computed is not None:
-                self._value = computed
+                self.value = computed
             else:
                 inputs = [ops.settled(x) for x in self.inputs]
                 self._check_versions()
-                self._value = self.layer.call(inputs if len(inputs) > 1 else inputs[0], training=False)
+                self.value = self.layer.call(inputs if len(inputs) > 1 else inputs[0], training=False)
             self.inputs = ()
-        return self._value
+        return self.value
 
     def _check_versions(self):
         changes = self.versions is not None and (self.layer.cache.variables or not all(map(ops.call_of, self.inputs)))

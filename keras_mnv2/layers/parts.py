@@ -170,5 +170,5 @@ class Add(_Direct, keras.layers.Add):
     """
 
     def call(self, inputs, training=None):
-        y = super().call([ops.settled(x) for x in inputs])
+        y = super().call([ops.known(x) for x in inputs])
         return y if training else ops.note(y, Call(self, tuple(inputs)))

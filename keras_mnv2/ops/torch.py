@@ -73,7 +73,11 @@ def _own_tensors(layer):
     """The tensors of a layer's variables, or None inside of `keras.StatelessScope`, where they have other values."""
     cache = layer.cache
     if len(cache.tensors) != len(cache.variables):
-        cache.tensors = list(layer.parameters())
+        own = set(map(id, layer.parameters()))
+        values = [variable.value for variable in cache.variables]
+        if not own.issuperset(map(id, values)):
+            return None
+        cache.tensors = values
     return cache.tensors if cache.variables[-1].value is cache.tensors[-1] else None
 
 
@@ -88,6 +92,7 @@ def numbers(x):
 
 
 settled = numbers
+known = numbers
 
 
 class Later(torch.Tensor):

@@ -331,6 +331,7 @@ class InvertedResidual(_Compact):
     ):
         super().__init__(**kwargs)
         check_positive("expand_ratio", expand_ratio)
+        check_choice("padding", padding, PADDINGS)
         check_choice("shortcut", shortcut, SHORTCUTS)
         check_rate("stochastic_depth", stochastic_depth)
         self.filters = filters

@@ -235,17 +235,18 @@ def test_explicit_padding_and_epsilon_win_over_a_files(torchvision_file):
     assert conventions(model) == ("same", 1e-3)
 
 
-def test_ones_own_files(tmp_path, rng):
-    model = keras_mnv2.MobileNetV2((64, 64, 3), alpha=0.35, weights=None, classes=10)
+@pytest.mark.parametrize("block", [None, keras_mnv2.layers.InvertedResidual])
+def test_ones_own_files(block, tmp_path, rng):
+    model = small(None, classes=10, block=block)
     model.save_weights(tmp_path / "own.weights.h5")
     model.save(tmp_path / "own.keras")
     for name in ("own.weights.h5", "own.keras"):
-        for other in (small(tmp_path / name), small(tmp_path / name, classes=10)):
+        for other in (small(tmp_path / name, block=block), small(tmp_path / name, classes=10)):
             for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
                 np.testing.assert_array_equal(a, b)
-    custom = small(None, norm_layer="group_norm", classes=10)
+    custom = small(None, norm_layer="group_norm", classes=10, block=block)
     custom.save_weights(tmp_path / "group.weights.h5")
-    again = small(tmp_path / "group.weights.h5", norm_layer="group_norm", classes=10)
+    again = small(tmp_path / "group.weights.h5", norm_layer="group_norm", classes=10, block=block)
     for a, b in zip(custom.get_weights(), again.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     before = custom.get_weights()

@@ -281,7 +281,7 @@ class FakeQuantize(keras.layers.Layer):
 
     def __init__(self, momentum=RANGE_MOMENTUM, **kwargs):
         super().__init__(**kwargs)
-        check_rate("momentum", momentum)
+        momentum = check_rate("momentum", momentum)
         self.momentum = momentum
         self.minimum: Any = None
         self.maximum: Any = None

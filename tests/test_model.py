@@ -40,7 +40,14 @@ def last_layer(model, row):
     names = {"stem": "Conv1_relu", "head": "out_relu"}
     name = row.name if row.name != "block_0" else "expanded_conv"
     known = {layer.name for layer in model.layers}
-    ends = (row.name, names.get(row.name), f"{name}_add", f"{name}_project_BN", f"{name}_project_norm", f"{name}_project")
+    ends = (
+        row.name,
+        names.get(row.name),
+        f"{name}_add",
+        f"{name}_project_BN",
+        f"{name}_project_norm",
+        f"{name}_project",
+    )
     return model.get_layer(next(end for end in ends if end in known))
 
 

@@ -5,6 +5,7 @@ convolution with what lies around it, and units as blocks. Either a graph of lay
 of layers as they come (`Call`): both through `read_block`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class Unit:
         elif training and norm.trainable:
             y = normalize_by_batch(norm, self.convolve(x, kernel, bias), self.data_format)
         else:
-            y = self.convolve(x, *self.folded(kernel, norm.moving_mean.value, norm.moving_variance.value))
+            y = self.convolve(x, *ops.fold(kernel, self.depthwise, *ops.norm_values(norm), norm.epsilon))
         return y if self.activation is None else self.activation(y)
 
     def folded(self, kernel: Any, mean: Any, variance: Any) -> tuple[Any, Any]:
@@ -100,11 +101,12 @@ def value_of(variable: Any) -> Any:
 
 def normalize_by_batch(norm: Any, x: Any, data_format: str) -> Any:
     """A plain batch norm in training: by the statistics of the batch, which the moving ones follow."""
+    gamma, beta, moving_mean, moving_variance = ops.norm_values(norm)
     y, mean, variance = ops.batch_normalization(
-        x, norm.gamma.value, norm.beta.value, norm.epsilon, data_format, synchronized=norm.synchronized
+        x, gamma, beta, norm.epsilon, data_format, synchronized=norm.synchronized
     )
-    for moving, found in ((norm.moving_mean, mean), (norm.moving_variance, variance)):
-        moving.assign(ops.moving_average(moving.value, found, norm.momentum))
+    norm.moving_mean.assign(ops.moving_average(moving_mean, mean, norm.momentum))
+    norm.moving_variance.assign(ops.moving_average(moving_variance, variance, norm.momentum))
     return y
 
 
@@ -186,7 +188,13 @@ _ROLES = (
 
 def role_of(layer: Any) -> str | None:
     """What a layer is to a block: `"conv"`, `"norm"`, `"activation"`, `"add"`, `"pad"`, or None."""
-    return next((role for role, kinds in _ROLES if isinstance(layer, kinds)), None)
+    kind: Any = type(layer)
+    return _role_of_class(kind)
+
+
+@functools.cache
+def _role_of_class(kind: Any) -> str | None:
+    return next((role for role, kinds in _ROLES if issubclass(kind, kinds)), None)
 
 
 def read_unit(call: Any, call_of: Callable[[Any], Any], free: Callable[[Any], bool]) -> Group | None:
@@ -262,6 +270,8 @@ def is_plain(layer: Any) -> bool:
         layer.activity_regularizer is None
         and "call" not in vars(layer)
         and getattr(layer, "quantization_mode", None) is None
+        # Nothing public tells what keras.RematScope has set.
+        and getattr(layer, "_remat_mode", None) is None
         and not ops.is_watched(layer)
     )
 
@@ -316,7 +326,8 @@ class Call:
         return self._value
 
     def _check_versions(self):
-        if self.versions is not None and self.versions != ops.versions(self):
+        changes = self.versions is not None and (self.layer.cache.variables or not all(map(ops.call_of, self.inputs)))
+        if changes and self.versions != ops.versions(self):
             raise RuntimeError(
                 f"The output of the layer {self.layer.name!r} was not read before its weights or images were changed: "
                 "read it first, or call the model outside torch.no_grad()."
@@ -412,10 +423,11 @@ class Plan:
 
 
 class Cache:
-    """What a layer of one operation has found out: its unit, the layers of that, shapes of its output, variables."""
+    """What a layer of one operation knows: its unit, the layers of that, shapes, variables and their tensors."""
 
     def __init__(self) -> None:
         self.variables: list = []
+        self.tensors: list = []
         self.unit: Any = None
         self.members: tuple = ()
         self.shapes: dict[tuple, tuple] = {}

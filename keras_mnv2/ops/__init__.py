@@ -22,6 +22,7 @@ folds_noted = _module.folds_noted
 is_watched = _module.is_watched
 moving_average = _module.moving_average
 network_in_chunks = _module.network_in_chunks
+norm_values = _module.norm_values
 normalize = _module.normalize
 note = _module.note
 numbers = _module.numbers

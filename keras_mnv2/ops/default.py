@@ -1,6 +1,6 @@
 """The operations written with `keras.ops`: right on every backend, and the reference for the fast ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -9,7 +9,7 @@ from keras import ops
 from keras_mnv2.ops.padding import Padding, spatial_padding
 
 
-def runs_directly(layer: Any, inputs: Any, training: Any) -> bool:
+def runs_directly(layer: Any, inputs: Any) -> bool:
     """Whether a layer of one operation may skip Keras's bookkeeping for these inputs.
 
     It costs 0.1 to 0.2 ms a layer where nothing is compiled, and finds nothing to do.
@@ -17,7 +17,6 @@ def runs_directly(layer: Any, inputs: Any, training: Any) -> bool:
     Args:
         layer: of `keras_mnv2.layers`.
         inputs: a tensor, or a list of them.
-        training: as it was handed down; None where it was not.
     """
     return False
 
@@ -64,6 +63,11 @@ def folds_noted(x: Any) -> bool:
 def is_watched(layer: Any) -> bool:
     """Whether somebody has asked to be told of each call of `layer`."""
     return False
+
+
+def norm_values(norm: Any) -> Sequence[Any]:
+    """Scale, shift, moving mean and variance of a plain batch norm as tensors."""
+    return [v.value for v in (norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)]
 
 
 def fold(

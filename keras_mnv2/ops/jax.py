@@ -23,6 +23,7 @@ fold = default.fold
 folds_noted = default.folds_noted
 is_watched = default.is_watched
 moving_average = default.moving_average
+norm_values = default.norm_values
 normalize = default.normalize
 numbers = default.numbers
 relu6 = default.relu6

@@ -14,6 +14,7 @@ fold = default.fold
 is_watched = default.is_watched
 moving_average = default.moving_average
 network_in_chunks = default.network_in_chunks
+norm_values = default.norm_values
 normalize = default.normalize
 numbers = default.numbers
 relu6 = tf.nn.relu6

@@ -70,11 +70,21 @@ def norm_values(norm):
 
 
 def _own_tensors(layer):
-    """The tensors of a layer's variables, or None inside of `keras.StatelessScope`, where they have other values."""
+    """The tensors of a layer's variables, or None inside of `keras.StatelessScope`, where they have other values.
+
+    Its first and last variables tell: scopes have values for all variables, or for all that train.
+    """
     cache = layer.cache
-    if len(cache.tensors) != len(cache.variables):
-        cache.tensors = list(layer.parameters())
-    return cache.tensors if cache.variables[-1].value is cache.tensors[-1] else None
+    variables = cache.variables
+    if len(cache.tensors) != len(variables):
+        # The parameters of Keras's layer are in another order, by name.
+        own = {id(parameter) for parameter in layer.parameters()}
+        tensors = [variable.value for variable in variables]
+        if not all(id(tensor) in own for tensor in tensors):
+            return None
+        cache.tensors = tensors
+    same = variables[0].value is cache.tensors[0] and variables[-1].value is cache.tensors[-1]
+    return cache.tensors if same else None
 
 
 def call_of(x):

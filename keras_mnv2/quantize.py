@@ -225,8 +225,8 @@ def _quantized(layer):
         return QuantizedOutput(kind.from_config(layer.get_config()), name=layer.name, dtype=layer.dtype_policy)
     if role_of(layer) == "conv" and layer.bias is None:
         raise ValueError(
-            'model must have norm_layer="batch_norm" or None to be quantised, which gives each convolution a batch norm '
-            f"that is its own, or a bias, got the layer {layer.name!r} with neither."
+            'model must have norm_layer="batch_norm" or None to be quantised, which gives each convolution a batch '
+            f"norm of its own or a bias, got the layer {layer.name!r} with neither."
         )
     raise ValueError(
         f"model must consist of layers that can be quantised, those of keras_mnv2 and Keras's Dense, poolings, "

@@ -63,7 +63,7 @@ def decided():
     keras.utils.set_random_seed(0)
     model, images = small(include_preprocessing=True), pictures(rng)
     randomise(model, rng, images)
-    features = keras.Model(model.inputs, model.get_layer("global_pool").output).predict(images, verbose=0)
+    features = keras.Model(model.inputs, model.get_layer("predictions").input).predict(images, verbose=0)
     kernel = rng.normal(0, 1, (features.shape[1], 5))
     scores = (features - features.mean(0)) @ kernel
     kernel *= 4 / scores.std(0)

@@ -625,13 +625,17 @@ def wider():
     [
         ("file.safetensors", "mobilenet_v2.layer.0.reduce_1x1.convolution.weight"),
         ("file.h5", "block_1_project/kernel"),
-        ("file.weights.h5", "block_1/project/kernel"),
-        ("file.keras", "block_1/project/kernel"),
+        ("file.weights.h5", "block_1_project/kernel"),
+        ("file.keras", "block_1_project/kernel"),
+        ("compact.keras", "block_1/project/kernel"),
     ],
 )
 def test_a_file_of_another_width(name, key, target, wider, tmp_path):
     path = tmp_path / name
-    if name == "file.weights.h5":
+    if name == "compact.keras":
+        block = keras_mnv2.layers.InvertedResidual
+        keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.5, weights=None, classes=10, block=block).save(path)
+    elif name == "file.weights.h5":
         wider.save_weights(path)
     elif name == "file.keras":
         wider.save(path)

@@ -113,9 +113,8 @@ def test_the_librarys_own_numbers(checkpoint, tmp_path, rng):
     model = keras_mnv2.MobileNetV2((size, size, 3), weights=path, classifier_activation=None)
     assert model.name == f"mobilenetv2_{checkpoint.alpha:.2f}_96"
     assert model.output_shape == (None, checkpoint.classes)
-    assert model.get_layer("stem").padding == checkpoint.padding
-    assert model.get_layer("stem").norm_epsilon == checkpoint.norm_epsilon
-    found = keras_outputs(model, x, model.get_layer("head").output)
+    assert conventions(model) == (checkpoint.padding, checkpoint.norm_epsilon)
+    found = keras_outputs(model, x, model.get_layer("out_relu").output)
     differences = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True)]
     note(f"{checkpoint.name}: largest difference of logits, relative to the largest", differences[-1])
     assert max(differences) <= 1e-4, differences
@@ -128,6 +127,15 @@ def test_the_librarys_own_numbers(checkpoint, tmp_path, rng):
     for name, array in read.items():
         if not name.endswith("num_batches_tracked"):
             np.testing.assert_array_equal(written[name], array, name)
+
+
+def conventions(model):
+    """The padding and epsilon of a model whose stem reads images of even sides."""
+    padded = "Conv1_pad" in {layer.name for layer in model.layers}
+    if padded:
+        assert model.get_layer("Conv1_pad").padding == ((1, 1), (1, 1))
+    (epsilon,) = {layer.epsilon for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)}
+    return "symmetric" if padded else "same", epsilon
 
 
 @pytest.fixture(scope="module")
@@ -450,20 +458,21 @@ def test_a_quantised_model_is_no_file_of_weights(tmp_path):
 
 def test_explicit_padding_and_epsilon_win_over_a_files(torchvision_file):
     model = small(torchvision_file[0], padding="same", norm_epsilon=1e-3)
-    assert (model.get_layer("stem").padding, model.get_layer("stem").norm_epsilon) == ("same", 1e-3)
+    assert conventions(model) == ("same", 1e-3)
 
 
-def test_ones_own_files(tmp_path, rng):
-    model = keras_mnv2.MobileNetV2((64, 64, 3), alpha=0.35, weights=None, classes=10)
+@pytest.mark.parametrize("block", [None, keras_mnv2.layers.InvertedResidual])
+def test_ones_own_files(block, tmp_path, rng):
+    model = small(None, classes=10, block=block)
     model.save_weights(tmp_path / "own.weights.h5")
     model.save(tmp_path / "own.keras")
     for name in ("own.weights.h5", "own.keras"):
-        for other in (small(tmp_path / name), small(tmp_path / name, classes=10)):
+        for other in (small(tmp_path / name, block=block), small(tmp_path / name, classes=10)):
             for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
                 np.testing.assert_array_equal(a, b)
-    custom = small(None, norm_layer="group_norm", classes=10)
+    custom = small(None, norm_layer="group_norm", classes=10, block=block)
     custom.save_weights(tmp_path / "group.weights.h5")
-    again = small(tmp_path / "group.weights.h5", norm_layer="group_norm", classes=10)
+    again = small(tmp_path / "group.weights.h5", norm_layer="group_norm", classes=10, block=block)
     for a, b in zip(custom.get_weights(), again.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     before = custom.get_weights()

@@ -331,6 +331,7 @@ class InvertedResidual(_Compact):
     ):
         super().__init__(**kwargs)
         expand_ratio = check_positive("expand_ratio", expand_ratio)
+        padding = check_choice("padding", padding, PADDINGS)
         shortcut = check_choice("shortcut", shortcut, SHORTCUTS)
         stochastic_depth = check_rate("stochastic_depth", stochastic_depth)
         self.filters = filters

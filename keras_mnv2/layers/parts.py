@@ -15,6 +15,7 @@ from keras_mnv2.layers.fusing import (
     Part,
     is_plain,
     is_square,
+    norm_values,
     normalize_by_batch,
     read_unit,
 )
@@ -121,7 +122,7 @@ class BatchNormalization(_Direct, keras.layers.BatchNormalization):
         if group is not None and group.conv.bias is None:
             y = group.unit()(group.start, training=False)
         else:
-            y = ops.normalize(ops.numbers(inputs), *ops.norm_values(self), self.epsilon, self._data_format)
+            y = ops.normalize(ops.numbers(inputs), *norm_values(self), self.epsilon, self._data_format)
         return ops.note(y, call)
 
     @property
@@ -170,5 +171,5 @@ class Add(_Direct, keras.layers.Add):
     """
 
     def call(self, inputs, training=None):
-        y = super().call([ops.settled(x) for x in inputs])
+        y = super().call([ops.known(x) for x in inputs])
         return y if training else ops.note(y, Call(self, tuple(inputs)))

@@ -1,6 +1,6 @@
 """The operations written with `keras.ops`: right on every backend, and the reference for the fast ones."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -50,6 +50,11 @@ def numbers(x: Any) -> Any:
     return x
 
 
+def known(x: Any) -> Any:
+    """`x` as a tensor that can be read, as `settled` gives it where it has done so already."""
+    return x
+
+
 def settled(x: Any) -> Any:
     """`x` as a tensor that can be read, computed as part of its block where it is the end of one."""
     return x
@@ -63,11 +68,6 @@ def folds_noted(x: Any) -> bool:
 def is_watched(layer: Any) -> bool:
     """Whether somebody has asked to be told of each call of `layer`."""
     return False
-
-
-def norm_values(norm: Any) -> Sequence[Any]:
-    """Scale, shift, moving mean and variance of a plain batch norm as tensors."""
-    return [v.value for v in (norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)]
 
 
 def fold(

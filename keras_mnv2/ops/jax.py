@@ -23,7 +23,6 @@ fold = default.fold
 folds_noted = default.folds_noted
 is_watched = default.is_watched
 moving_average = default.moving_average
-norm_values = default.norm_values
 normalize = default.normalize
 numbers = default.numbers
 relu6 = default.relu6
@@ -73,6 +72,12 @@ def call_of(x):
     """See `keras_mnv2.ops.default.call_of`."""
     reference, call = _calls.get(id(x), (None, None))
     return call if reference is not None and reference() is x else None
+
+
+def known(x):
+    """See `keras_mnv2.ops.default.known`."""
+    call = call_of(x)
+    return x if call is None or call.value is None else call.value
 
 
 def settled(x):

@@ -10,7 +10,7 @@ from keras_mnv2.arguments import check_choice, check_rate, is_plain_batch_norm
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
 from keras_mnv2.layers.fusing import Part, role_of
 from keras_mnv2.ops.padding import spatial_padding
-from keras_mnv2.rewrite import layers_of, rewrite
+from keras_mnv2.rewrite import layers_of, rewrite, same_input
 
 # Signed weights without -128, so that they are symmetric (Jacob et al. 2018, section 3.1).
 WEIGHT_LEVELS = 127
@@ -91,8 +91,7 @@ def quantize_aware(model: keras.Model) -> keras.Model:
         if model.compiled:
             functional.compile_from_config(model.get_compile_config())
         model = functional
-    given = model.inputs[0]
-    image = keras.Input(batch_shape=given.shape, dtype=given.dtype, name=given.name)
+    image = same_input(model.inputs[0])
     rounded = FakeQuantize(name="input_range")(image)
 
     def call(layer, *args, **kwargs):

@@ -91,7 +91,7 @@ def named(model: keras.Model, outputs: Any) -> dict[str, Any]:
 
 def input_name(model: keras.Model) -> str:
     """The name of a model's one input: `image` where Keras gave it one by number, which another run would not."""
-    name = model.inputs[0].name
+    name = model.inputs[0]._keras_history.operation.name
     return "image" if re.fullmatch(r"input_layer(_\d+)?", name) else name
 
 

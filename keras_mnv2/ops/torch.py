@@ -79,8 +79,13 @@ def call_of(x):
 
 
 def numbers(x):
-    """See `keras_mnv2.ops.default.numbers`."""
-    return x.call.evaluate() if type(x) is Later else x
+    """See `keras_mnv2.ops.default.numbers`; as when it was called, without gradients."""
+    if type(x) is not Later:
+        return x
+    if not torch.is_grad_enabled():
+        return x.call.evaluate()
+    with torch.no_grad():
+        return x.call.evaluate()
 
 
 settled = numbers

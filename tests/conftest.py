@@ -36,6 +36,19 @@ def rng():
     return np.random.default_rng(0)
 
 
+@pytest.fixture
+def light_compilation():
+    """XLA takes half the time to compile what runs once."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """A small data set of arrays, as a file."""

@@ -280,7 +280,10 @@ def file_names(
     separator = "." if layout.torch else "/"
     names = {}
     for name, kind, number, part, role in units:
-        conv, norm = (prefix + base + separator for base in layout.conv(kind, blocks, number, part))
+        conv, norm = (prefix + base for base in layout.conv(kind, blocks, number, part))
+        # What is no batch norm is called so where this package's model was saved as Keras does.
+        norm = f"{conv}_norm" if f"{conv}_norm/gamma" in keys else norm
+        conv, norm = conv + separator, norm + separator
         names[f"{name}/kernel"] = Array(conv + ("weight" if layout.torch else "kernel"), role)
         for ours, theirs in _NORM.items():
             names[f"{name}/norm/{ours}"] = Array(norm + (theirs if layout.torch else ours), "vector")

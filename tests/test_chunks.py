@@ -24,9 +24,9 @@ def chunks(monkeypatch):
     seen = []
     compute = Unit.__call__
 
-    def counted(self, inputs, *settings):
+    def counted(self, inputs, *settings, **named):
         seen.append(inputs.shape[0])
-        return compute(self, inputs, *settings)
+        return compute(self, inputs, *settings, **named)
 
     def set_bytes(size):
         seen.clear()

@@ -135,11 +135,11 @@ def plan(
     >>> [row.channels for row in plan(alpha=0.35)[:4]]
     [16, 8, 8, 8]
     """
-    check_positive("alpha", alpha)
-    check_positive("depth_multiplier", depth_multiplier)
-    check_whole("round_nearest", round_nearest)
-    check_choice("stem_stride", stem_stride, (1, 2))
-    check_choice("output_stride", output_stride, (8, 16, 32))
+    alpha = check_positive("alpha", alpha)
+    depth_multiplier = check_positive("depth_multiplier", depth_multiplier)
+    round_nearest = check_whole("round_nearest", round_nearest)
+    stem_stride = check_choice("stem_stride", stem_stride, (1, 2))
+    output_stride = check_choice("output_stride", output_stride, (8, 16, 32))
     stages = _stages(inverted_residual_setting)
 
     def width(channels: int) -> int:
@@ -187,9 +187,11 @@ def _stages(setting: Sequence[Sequence[float]] | None) -> tuple[Stage, ...]:
         if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 4:
             raise ValueError(f"{name} must have rows of four numbers (t, c, n, s), got the row {row!r}.")
         stage = Stage(*row)  # type: ignore[arg-type]
-        check_positive(f"{name}: the expansion t of the row {tuple(row)}", stage.expansion)
-        for letter, value in zip("cn", stage[1:3], strict=True):
+        expansion = check_positive(f"{name}: the expansion t of the row {tuple(row)}", stage.expansion)
+        channels, repeats = (
             check_whole(f"{name}: {letter} of the row {tuple(row)}", value)
-        check_choice(f"{name}: the stride s of the row {tuple(row)}", stage.stride, (1, 2))
-        stages.append(stage)
+            for letter, value in zip("cn", stage[1:3], strict=True)
+        )
+        stride = check_choice(f"{name}: the stride s of the row {tuple(row)}", stage.stride, (1, 2))
+        stages.append(Stage(expansion, channels, repeats, stride))
     return tuple(stages)

@@ -3,34 +3,49 @@
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import keras
+import numpy as np
 
 NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raises `ValueError` unless `value` is a finite number above 0."""
-    if not _is_number(value) or not 0 < value < math.inf:  # type: ignore[operator]
+def check_positive(name: str, value: Any) -> Any:
+    """`value` as a number of Python; raises `ValueError` unless it is finite and above 0."""
+    if not _is_number(value) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+    return _plain(value)
 
 
-def check_whole(name: str, value: object, least: int = 1) -> None:
-    """Raises `ValueError` unless `value` is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+def check_whole(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an integer of Python; raises `ValueError` unless it is whole and at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    return int(value)
 
 
-def check_rate(name: str, value: object) -> None:
-    """Raises `ValueError` unless `value` is a number from 0 up to, and not including, 1."""
-    if not _is_number(value) or not 0 <= value < 1:  # type: ignore[operator]
+def check_rate(name: str, value: Any) -> Any:
+    """`value` as a number of Python; raises `ValueError` unless it is from 0 up to, and not including, 1."""
+    if not _is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a number from 0 up to, and not including, 1, got {value!r}.")
+    return _plain(value)
 
 
-def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raises `ValueError` unless `value` is one of `allowed`."""
-    if isinstance(value, bool) or not any(type(value) is type(a) and value == a for a in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """The one of `allowed` that `value` is; raises `ValueError` where it is none."""
+    for choice in allowed:
+        same = type(value) is type(choice) or (isinstance(value, numbers.Integral) and isinstance(choice, int))
+        if same and not isinstance(value, bool) and value == choice:
+            return choice
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """`value` as True or False; raises `ValueError` where it is neither, such as a text."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
 
 
 def activation_function(name, activation):
@@ -85,3 +100,9 @@ def norm_config(norm_layer):
 
 def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _plain(value):
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value)

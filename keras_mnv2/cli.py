@@ -22,7 +22,8 @@ from keras_mnv2.evaluation import SUFFIXES, evaluation_data
 from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of, scales_pixels
-from keras_mnv2.weights.load import checkpoint_of, classes_of, read_source
+from keras_mnv2.weights.hdf5 import open_hdf5
+from keras_mnv2.weights.source import checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, imagenet_checkpoint, list_weights
 
 TOP = 5
@@ -274,6 +275,8 @@ def _whole_model(path):
 
 def _load_model(path):
     try:
+        with open_hdf5(Path(path)):
+            pass  # It leads to no other file, and claims no more than it has.
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
         raise ValueError(f"The file {path!r} cannot be loaded as a model: {str(error).splitlines()[0]}") from error

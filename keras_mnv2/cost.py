@@ -155,8 +155,8 @@ def cost_profile(
     for side in input_shape[:2]:
         check_whole("input_shape: a side", side, 32)
     check_whole("input_shape: the channels", input_shape[2])
-    check_whole("classes", classes)
-    check_whole("bytes_per_value", bytes_per_value)
+    classes = check_whole("classes", classes)
+    bytes_per_value = check_whole("bytes_per_value", bytes_per_value)
     rows = []
     shape = tuple(input_shape)
     for row in plan(in_channels=input_shape[2], **architecture):

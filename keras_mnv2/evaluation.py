@@ -74,10 +74,10 @@ def evaluation_data(
     >>> len(data), data[1][0].shape
     (2, (1, 224, 224, 3))
     """
-    check_whole("batch_size", batch_size)
-    check_whole("workers", workers)
+    batch_size = check_whole("batch_size", batch_size)
+    workers = check_whole("workers", workers)
     if size is not None:
-        check_whole("size", size)
+        size = check_whole("size", size)
     class_names = None
     if isinstance(images, str | os.PathLike):
         if labels is not None:

@@ -5,7 +5,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mnv2.arguments import is_plain_batch_norm
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
 from keras_mnv2.layers.parts import Conv2D, DepthwiseConv2D
 from keras_mnv2.quantize import RANGE, QuantizedConvNormActivation, QuantizedInvertedResidual
@@ -66,7 +65,7 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
 def _with_bias(unit):
     """The convolution of a unit with a bias, which takes in its batch norm."""
     kind: Any = _FOLDED.get(type(unit.conv))
-    if unit.norm is None or kind is None or not is_plain_batch_norm(unit.norm, unit.conv.data_format):
+    if kind is None or not _is_batch_norm_of_channels(unit.norm, unit.conv.data_format):
         return None
     return kind.from_config({**unit.conv.get_config(), "use_bias": True}), (unit.norm,)
 
@@ -74,9 +73,9 @@ def _with_bias(unit):
 def _without_batch_norm(layer):
     """A new layer like `layer`, or an operation like it, with other layers in the place of batch norms."""
     config = layer.get_config()
-    if type(layer) in _CONVOLUTIONS and _has_batch_norm(layer):
+    if type(layer) in _CONVOLUTIONS and _is_batch_norm_of_channels(layer.norm, layer.data_format):
         return type(layer).from_config({**config, "norm_layer": None})
-    if type(layer) in _BLOCKS and _has_batch_norm(layer.project):
+    if type(layer) in _BLOCKS and _is_batch_norm_of_channels(layer.project.norm, layer.data_format):
         return type(layer).from_config({**config, "norm_layer": None})
     if _is_batch_norm(layer):
         common = {key: config[key] for key in ("name", "trainable", "dtype")}
@@ -94,9 +93,9 @@ def _is_batch_norm(layer):
     return isinstance(layer, keras.layers.BatchNormalization) and type(layer).__module__.startswith("keras")
 
 
-def _has_batch_norm(conv):
-    channels = -1 if conv.data_format == "channels_last" else 1
-    return _is_batch_norm(conv.norm) and conv.norm.axis in (channels, channels % 4)
+def _is_batch_norm_of_channels(norm, data_format):
+    channels = -1 if data_format == "channels_last" else 1
+    return _is_batch_norm(norm) and norm.axis in (channels, channels % 4)
 
 
 def _copy_weights(layer, copy):

@@ -41,8 +41,8 @@ def freeze(model: keras.Model, before: str | None = None, norms: bool = True, ve
 
     >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
     >>> freeze(model, before="block_16")
-    107 of 109 layers with weights are frozen, 52 normalisations among them; block_16 and what follows train.
-    107
+    100 of 105 layers with weights are frozen, 52 normalisations among them; block_16 and what follows train.
+    100
     """
     leaves = list(_leaves(model))
     first = len(leaves) if before is None else _index(leaves, before)
@@ -75,9 +75,9 @@ def unfreeze(model: keras.Model, norms: bool = False, verbose: bool = True) -> i
 
     >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
     >>> freeze(model, verbose=False)
-    109
+    105
     >>> unfreeze(model, norms=True)
-    0 of 109 layers with weights are frozen.
+    0 of 105 layers with weights are frozen.
     0
     """
     leaves = list(_leaves(model))

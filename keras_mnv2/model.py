@@ -13,6 +13,7 @@ from keras_mnv2.architecture import plan
 from keras_mnv2.arguments import (
     activation_function,
     check_choice,
+    check_flag,
     check_positive,
     check_rate,
     check_whole,
@@ -20,12 +21,15 @@ from keras_mnv2.arguments import (
     norm_config,
 )
 from keras_mnv2.build import apply_rows, classify, feature_names
-from keras_mnv2.layers.compact import NORM_EPSILON, InvertedResidual
+from keras_mnv2.layers.compact import NORM_EPSILON, NORM_MOMENTUM, InvertedResidual
 from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.ops.padding import PADDINGS
 from keras_mnv2.preprocessing import preprocessing_layer
-from keras_mnv2.weights.load import checkpoint_of, classes_of, load_source, read_source
+from keras_mnv2.weights.load import load_source
+from keras_mnv2.weights.rename import LAYOUTS
+from keras_mnv2.weights.source import check_channels, checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import HALF, Checkpoint, imagenet_checkpoint
+from keras_mnv2.weights.widths import settings_of
 
 MIN_SIZE = 32
 # What a checkpoint decides, and what holds without one.
@@ -49,6 +53,7 @@ def MobileNetV2(
     classifier_activation: str | Callable | None = "softmax",
     name: str | None = None,
     *,
+    averaged: bool | None = None,
     inverted_residual_setting: Sequence[Sequence[float]] | None = None,
     round_nearest: int = 8,
     block: Callable[..., keras.layers.Layer] | None = None,
@@ -58,7 +63,7 @@ def MobileNetV2(
     fix_stem_head: bool | None = None,
     activation: str | Callable | None = "relu6",
     padding: str | None = None,
-    norm_momentum: float = 0.9,
+    norm_momentum: float | None = None,
     norm_epsilon: float | None = None,
     stochastic_depth: float = 0.0,
     stem_stride: int = 2,
@@ -84,14 +89,18 @@ def MobileNetV2(
             `"imagenet"`, the default, is Keras's checkpoint for this width and resolution (that of 224 pixels
             where there is none, with a warning); a name such as `"torchvision/IMAGENET1K_V2"` is that one;
             `"hf://OWNER/REPOSITORY"` one of the Hugging Face Hub; a path is a file in any of their layouts, or
-            one that this package wrote, see `keras_mnv2.load_weights`. A file of PyTorch's layouts brings
-            its padding and epsilon, unless they are given. None is random weights. Where the classifier has
-            another width than `classes`, or there is none, it stays random, and a line says so.
+            one that this package wrote, see `keras_mnv2.load_weights`; also a transfer model's file, of which
+            the MobileNetV2 inside is taken. The shapes in a file say its `alpha`, `depth_multiplier`,
+            `fix_stem_head` and `classes`, its layout the padding and epsilon, unless they are given. None is
+            random weights. Where the classifier has another width than `classes`, or there is none, it stays
+            random, and a line says so.
         input_tensor: a Keras tensor to build on.
         pooling: without the top, `"avg"` or `"max"` over the image, or None for the 4D tensor.
         classes: of the classifier; by default the checkpoint's or 1000.
         classifier_activation: of the classifier; None gives logits.
         name: of the model.
+        averaged: whether the running average of the weights is taken from a file that has both, see
+            `keras_mnv2.load_weights`; None for the average where there is one.
         inverted_residual_setting: rows (t, c, n, s), expansion, channels, repeats and stride of each
             stage; by default Table 2 of the paper.
         round_nearest: what each width is a multiple of.
@@ -106,9 +115,10 @@ def MobileNetV2(
         activation: of the hidden layers.
         padding: `"same"` as TensorFlow pads, the default, or `"symmetric"` as PyTorch does: checkpoints need
             the one that they were trained with.
-        norm_momentum: share of the old moving statistics that one step keeps, 1 minus PyTorch's
-            momentum. The default 0.9 is PyTorch's 0.1: a model trained from scratch validates within
-            its first epochs. `keras.applications` has 0.999, which needs thousands of steps first.
+        norm_momentum: share of the old moving statistics that one step keeps, 1 minus PyTorch's momentum. None, the
+            default, is that of the checkpoint's library: 0.999 for Keras, 0.9 (PyTorch's 0.1) for torchvision and
+            timm, 0.997 for transformers, as the authors' TensorFlow code has it. From scratch it is 0.9: such a model
+            validates within its first epochs, where 0.999 needs thousands of steps first.
         norm_epsilon: 1e-3 as in Keras by default; PyTorch's checkpoints need 1e-5.
         stochastic_depth: rate of the last block; it rises linearly from 0 (Huang et al. 2016).
         stem_stride: stride of the first convolution; 1 for images of 32x32.
@@ -137,6 +147,9 @@ def MobileNetV2(
     (2, 10)
     """
     data_format = data_format_name(data_format)
+    include_top = check_flag("include_top", include_top)
+    include_preprocessing = check_flag("include_preprocessing", include_preprocessing)
+    fix_stem_head = None if fix_stem_head is None else check_flag("fix_stem_head", fix_stem_head)
     given = {
         "alpha": alpha,
         "depth_multiplier": depth_multiplier,
@@ -145,23 +158,30 @@ def MobileNetV2(
         "norm_epsilon": norm_epsilon,
     }
     sides = _known_sides(input_shape, input_tensor, data_format)
-    source, settings = _weights(weights, given, sides, include_top)
+    if weights is None and averaged is not None:
+        raise ValueError(f"averaged must be left out where weights is None, got {averaged!r}.")
+    source, settings = _weights(weights, averaged, given, sides, include_top, inverted_residual_setting, round_nearest)
     alpha, padding, norm_epsilon = settings["alpha"], settings["padding"], settings["norm_epsilon"]
     width = source.classes if isinstance(source, Checkpoint) else classes_of(source) if source else 0
     classes = (width or 1000) if classes is None else classes
-    check_choice("padding", padding, PADDINGS)
-    check_choice("pooling", pooling, (None, "avg", "max"))
-    check_whole("classes", classes)
-    check_rate("dropout", dropout)
-    check_rate("norm_momentum", norm_momentum)
-    check_rate("stochastic_depth", stochastic_depth)
-    check_positive("norm_epsilon", norm_epsilon)
+    padding = check_choice("padding", padding, PADDINGS)
+    pooling = check_choice("pooling", pooling, (None, "avg", "max"))
+    classes = check_whole("classes", classes)
+    dropout = check_rate("dropout", dropout)
+    if norm_momentum is None:
+        layout = LAYOUTS[source.layout] if isinstance(source, Checkpoint) else source.layout if source else None
+        norm_momentum = layout.norm_momentum if layout else NORM_MOMENTUM
+    norm_momentum = check_rate("norm_momentum", norm_momentum)
+    stochastic_depth = check_rate("stochastic_depth", stochastic_depth)
+    norm_epsilon = check_positive("norm_epsilon", norm_epsilon)
     if not (block is None or callable(block)):
         raise ValueError(f"block must be None or a callable that makes a Keras layer, got {block!r}.")
     policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
     side = source.resolution if isinstance(source, Checkpoint) else 224
     image = _image_input(input_shape, input_tensor, side if include_top else None, data_format)
     channel_axis, side_axis = (-1, 1) if data_format == "channels_last" else (1, 2)
+    if source is not None:
+        check_channels(source, image.shape[channel_axis])
     rows = plan(
         alpha=alpha,
         inverted_residual_setting=inverted_residual_setting,
@@ -210,11 +230,11 @@ def MobileNetV2(
     model = model_class(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
     if source is not None:
         # The classifier stays as it is where the file has one of another width, or none.
-        load_source(model, read_source(source), skip_classifier=include_top and classes != width)
+        load_source(model, read_source(source, averaged), skip_classifier=include_top and classes != width)
     return model
 
 
-def _weights(weights, given, sides, include_top):
+def _weights(weights, averaged, given, sides, include_top, setting, round_nearest):
     """What to load, a published checkpoint or a file that was read, and the settings that come with it."""
     if weights is None:
         return None, {**DEFAULTS, **_not_none(given)}
@@ -231,9 +251,10 @@ def _weights(weights, given, sides, include_top):
     else:
         checkpoint = checkpoint_of(weights)
     if checkpoint is None:
-        source = read_source(weights)
+        source = read_source(weights, averaged)
         conventions = {"padding": source.layout.padding, "norm_epsilon": source.layout.norm_epsilon}
-        return source, {**DEFAULTS, **conventions, **_not_none(given)}
+        found = settings_of(source, given, setting, round_nearest)
+        return source, {**DEFAULTS, **conventions, **_not_none(given), **found}
     for name, value in given.items():
         if value is not None and value != getattr(checkpoint, name):
             raise ValueError(
@@ -262,31 +283,30 @@ def _image_input(input_shape, input_tensor, side, data_format):
         shape = tuple(input_tensor.shape[1:])
         _check_image_shape("input_tensor", shape, data_format)
         if input_shape is not None:
-            _check_image_shape("input_shape", input_shape, data_format)
+            input_shape = _check_image_shape("input_shape", input_shape, data_format)
             if any(a != b for a, b in zip(input_shape, shape, strict=True) if None not in (a, b)):
                 raise ValueError(f"input_shape must agree with input_tensor's {shape}, got {tuple(input_shape)}.")
         return input_tensor
     if input_shape is None:
         input_shape = (side, side, 3) if data_format == "channels_last" else (3, side, side)
-    _check_image_shape("input_shape", input_shape, data_format)
-    return keras.Input(tuple(input_shape))
+    return keras.Input(_check_image_shape("input_shape", input_shape, data_format))
 
 
 def _check_image_shape(name, shape, data_format):
+    """`shape` as a tuple of Python's integers and None."""
     layout = "(height, width, channels)" if data_format == "channels_last" else "(channels, height, width)"
     if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) != 3:
         raise ValueError(f"{name} must have the shape {layout}, got {shape!r}.")
     *sides, channels = shape if data_format == "channels_last" else (*shape[1:], shape[0])
     try:
-        check_whole("channels", channels)
-        for side in sides:
-            if side is not None:
-                check_whole("side", side, MIN_SIZE)
+        channels = check_whole("channels", channels)
+        sides = [None if side is None else check_whole("side", side, MIN_SIZE) for side in sides]
     except ValueError:
         raise ValueError(
             f"{name} must be {layout} with sides of at least {MIN_SIZE} or None and at least one channel, "
             f"got {tuple(shape)}."
         ) from None
+    return (*sides, channels) if data_format == "channels_last" else (channels, *sides)
 
 
 def _check_features(features, rows, include_top, pooling):

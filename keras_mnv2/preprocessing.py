@@ -152,7 +152,7 @@ def resize_and_crop(
     how = preprocessing_of(weights)
     crop = how.crop
     if size is not None:
-        check_whole("size", size)
+        size = check_whole("size", size)
         crop = size
     shorter = how.resize * crop // how.crop
     picture = load_image(image)
@@ -256,7 +256,7 @@ def decode_predictions(preds: Any, top: int = 5) -> list[list[tuple[str, str, fl
     scores = keras.ops.convert_to_numpy(preds)
     if scores.ndim != 2 or scores.shape[1] not in (1000, 1001):
         raise ValueError(f"preds must have the shape (batch, 1000) or (batch, 1001), got {scores.shape}.")
-    check_whole("top", top)
+    top = check_whole("top", top)
     labels = imagenet_labels()
     if scores.shape[1] == 1001:
         labels = (("", "background"), *labels)

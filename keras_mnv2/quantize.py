@@ -8,9 +8,9 @@ import numpy as np
 from keras_mnv2 import ops
 from keras_mnv2.arguments import check_choice, check_rate, is_plain_batch_norm
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
-from keras_mnv2.layers.fusing import Part
+from keras_mnv2.layers.fusing import Part, role_of
 from keras_mnv2.ops.padding import spatial_padding
-from keras_mnv2.rewrite import layers_of, rewrite
+from keras_mnv2.rewrite import layers_of, rewrite, same_input
 
 # Signed weights without -128, so that they are symmetric (Jacob et al. 2018, section 3.1).
 WEIGHT_LEVELS = 127
@@ -91,8 +91,7 @@ def quantize_aware(model: keras.Model) -> keras.Model:
         if model.compiled:
             functional.compile_from_config(model.get_compile_config())
         model = functional
-    given = model.inputs[0]
-    image = keras.Input(batch_shape=given.shape, dtype=given.dtype, name=given.name)
+    image = same_input(model.inputs[0])
     rounded = FakeQuantize(name="input_range")(image)
 
     def call(layer, *args, **kwargs):
@@ -122,7 +121,7 @@ def _quantized_unit(unit):
     """A convolution with its batch norm and activation as one layer, which folds and rounds."""
     conv, norm = unit.conv, unit.norm
     _check_policy(conv)
-    if norm is not None and not is_plain_batch_norm(norm, conv.data_format):
+    if norm is not None and (norm.synchronized or not is_plain_batch_norm(norm, conv.data_format)):
         return None
     depthwise = isinstance(conv, keras.layers.DepthwiseConv2D)
     if (norm is None and conv.bias is None) or len(set(conv.kernel_size)) > 1:
@@ -223,6 +222,11 @@ def _quantized(layer):
         return kind.from_config(layer.get_config())
     if kind in _COMPUTING:
         return QuantizedOutput(kind.from_config(layer.get_config()), name=layer.name, dtype=layer.dtype_policy)
+    if role_of(layer) == "conv" and layer.bias is None:
+        raise ValueError(
+            'model must have norm_layer="batch_norm" or None to be quantised, which gives each convolution a batch '
+            f"norm of its own or a bias, got the layer {layer.name!r} with neither."
+        )
     raise ValueError(
         f"model must consist of layers that can be quantised, those of keras_mnv2 and Keras's Dense, poolings, "
         f"activations and the like, got the layer {layer.name!r} of type {type(layer).__name__}."
@@ -276,7 +280,7 @@ class FakeQuantize(keras.layers.Layer):
 
     def __init__(self, momentum=RANGE_MOMENTUM, **kwargs):
         super().__init__(**kwargs)
-        check_rate("momentum", momentum)
+        momentum = check_rate("momentum", momentum)
         self.momentum = momentum
         self.minimum: Any = None
         self.maximum: Any = None

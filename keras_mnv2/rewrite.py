@@ -32,6 +32,12 @@ def layers_of(model: Any) -> Iterator[Any]:
         yield from layers_of(layer)
 
 
+def same_input(x: Any) -> Any:
+    """A new input of a model like `x`, whose layer has the same name: Keras's clone has that of the tensor."""
+    name = x._keras_history.operation.name
+    return keras.Input(batch_shape=x.shape, dtype=x.dtype, sparse=x.sparse, name=name)
+
+
 def units_of(model: keras.Model) -> list[Group]:
     """The units of a functional model, those of models inside it too; each layer is in one of them at most."""
     found: list[Group] = []
@@ -137,6 +143,8 @@ def _build(model, clone, merged, left_out, inputs, call, finish):
     def clone_model(model, inputs=None):
         # In a sequential model layers are listed, not called: there none can be left out.
         how = {} if isinstance(model, keras.Sequential) else {"call_function": call_layer}
+        if how and inputs is None:
+            inputs = keras.tree.map_structure(same_input, model.input)
         new = finish(model, keras.models.clone_model(model, input_tensors=inputs, clone_function=clone_layer, **how))
         if not model.trainable:
             new.trainable = False

@@ -1,18 +1,31 @@
 """Copies weights between this package's model and its peers."""
 
 import functools
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
+from keras_mnv2.layers import ConvNormActivation, InvertedResidual
+
+
+class Convolution(NamedTuple):
+    """What the weights of a convolution lie in: a kernel, whether it is depthwise, and the batch norm behind it."""
+
+    kernel: Any
+    depthwise: bool
+    norm: Any
+
 
 def convs(model):
-    """Every `ConvNormActivation` in the order of computation."""
+    """Every `Convolution` in the order of computation, of a model of either form."""
     for layer in model.layers:
-        if layer.name in ("stem", "head"):
-            yield layer
-        elif layer.name.startswith("block_"):
-            yield from (conv for conv in (layer.expand, layer.depthwise, layer.project) if conv is not None)
+        if isinstance(layer, InvertedResidual | ConvNormActivation):
+            parts = layer._convs().values() if isinstance(layer, InvertedResidual) else [layer]
+            yield from (Convolution(conv.kernel, conv.groups > 1, conv.norm) for conv in parts)
+        elif isinstance(layer, keras.layers.BatchNormalization):
+            conv = layer.input._keras_history.operation
+            yield Convolution(conv.kernel, isinstance(conv, keras.layers.DepthwiseConv2D), layer)
 
 
 def exact_batch_norms(model):
@@ -53,7 +66,7 @@ def torch_pairs(source, model):
     ours = list(convs(model))
     assert len(ours) == len(kernels) == len(norms)
     for conv, kernel, norm in zip(ours, kernels, norms, strict=True):
-        yield conv.kernel, kernel.weight, (2, 3, 1, 0) if conv.groups == 1 else (2, 3, 0, 1)
+        yield conv.kernel, kernel.weight, (2, 3, 0, 1) if conv.depthwise else (2, 3, 1, 0)
         yield conv.norm.gamma, norm.weight, (0,)
         yield conv.norm.beta, norm.bias, (0,)
         yield conv.norm.moving_mean, norm.running_mean, (0,)

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 import keras_mnv2
 from keras_mnv2.weights import fetch as fetching
-from keras_mnv2.weights import load, table
+from keras_mnv2.weights import source, table
 from keras_mnv2.weights.fetch import fetch
 
 NAME = "model.safetensors"
@@ -139,8 +139,40 @@ def test_a_good_file_is_downloaded_once(sha256, host, cache):
         assert fetch(url, NAME, sha256) == cache / NAME
         assert (cache / NAME).read_bytes() == GOOD
     assert host.asked == ["/file"]
-    assert os.listdir(cache) == [NAME]
+    assert sorted(os.listdir(cache)) == ([NAME] if sha256 else [NAME, f"{NAME}.sha256"])
     assert socket.getdefaulttimeout() is None
+
+
+def test_a_file_of_unknown_hash_is_held_to_its_first_download(host, cache, capsys):
+    url, record = host.url("file", sends(GOOD)), cache / f"{NAME}.sha256"
+    fetch(url, NAME)
+    assert record.read_text() == f"{SHA256}  {NAME}\n"
+    fetch(url, NAME)
+    assert "SHA-256" not in capsys.readouterr().out
+    other = save({"a": np.ones(50_000, dtype="float32")})
+    (cache / NAME).write_bytes(other)
+    (line,) = told(capsys, lambda: fetch(url, NAME))
+    assert SHA256 in line
+    assert hashlib.sha256(other).hexdigest() in line
+    assert str(record) in line
+    # Downloaded again it is the first one again; another one is told of, each time.
+    (cache / NAME).unlink()
+    assert not told(capsys, lambda: fetch(url, NAME))
+    (cache / NAME).unlink()
+    host.url("file", sends(other))
+    for _ in range(2):
+        assert len(told(capsys, lambda: fetch(url, NAME))) == 1
+    record.unlink()
+    (cache / NAME).unlink()
+    assert not told(capsys, lambda: fetch(url, NAME))
+    assert record.read_text().startswith(hashlib.sha256(other).hexdigest())
+
+
+def told(capsys, call):
+    """The lines about hashes that a call prints."""
+    capsys.readouterr()
+    call()
+    return [line for line in capsys.readouterr().out.splitlines() if "SHA-256" in line]
 
 
 def test_a_slow_server_is_waited_for(host, cache):
@@ -250,7 +282,7 @@ def published(tmp_path_factory):
 def publish(monkeypatch, name, **changes):
     """Changes a record of the table, wherever it is looked up."""
     records = [dataclasses.replace(c, **changes) if c.name == name else c for c in table.CHECKPOINTS]
-    for module in (table, load):
+    for module in (table, source):
         monkeypatch.setattr(module, "CHECKPOINTS", tuple(records))
 
 
@@ -290,7 +322,8 @@ def test_imagenet_is_kerass_own_file(host, cache, tmp_path, monkeypatch):
     publish(monkeypatch, record.name, url=host.url(path, sends((tmp_path / "weights.h5").read_bytes())))
     assert_same_weights(build(input_shape=(96, 96, 3), weights="imagenet"), model)
     assert host.asked == [f"/{path}"]
-    assert os.listdir(cache) == ["mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.35_96.h5"]
+    name = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.35_96.h5"
+    assert sorted(os.listdir(cache)) == [name, f"{name}.sha256"]
 
 
 @pytest.mark.parametrize(
@@ -303,15 +336,15 @@ def test_imagenet_is_kerass_own_file(host, cache, tmp_path, monkeypatch):
 def test_addresses_of_the_hub(address, path, file_name, host, cache, published, monkeypatch):
     model, data = published
     url = host.url(path, sends(data))
-    monkeypatch.setattr(load, "HUB", url.removesuffix(path))
+    monkeypatch.setattr(source, "HUB", url.removesuffix(path))
     assert_same_weights(build(input_shape=(32, 32, 3), weights=address), model)
     assert host.asked == [f"/{path}"]
-    assert os.listdir(cache) == [file_name]
+    assert sorted(os.listdir(cache)) == [file_name, f"{file_name}.sha256"]
 
 
 def test_a_repository_that_is_not_there(host, cache, monkeypatch):
-    monkeypatch.setattr(load, "HUB", host.url("", missing))
-    url = f"{load.HUB}owner/repo/resolve/main/model.safetensors"
+    monkeypatch.setattr(source, "HUB", host.url("", missing))
+    url = f"{source.HUB}owner/repo/resolve/main/model.safetensors"
     with pytest.raises(ConnectionError, match="404") as caught:
         build(input_shape=(32, 32, 3), weights="hf://owner/repo")
     assert_one_sentence(caught.value, url, cache / "owner--repo--model.safetensors")
@@ -330,4 +363,4 @@ def test_a_malformed_address_of_the_hub(address, cache):
 
 def test_a_table_record_is_found_by_its_hub_address():
     address = "hf://timm/mobilenetv2_100.ra_in1k"
-    assert load.checkpoint_of(address).name == "timm/mobilenetv2_100.ra_in1k"
+    assert source.checkpoint_of(address).name == "timm/mobilenetv2_100.ra_in1k"

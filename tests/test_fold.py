@@ -43,6 +43,11 @@ def folded(model, rng, low=-1, high=1):
     return result
 
 
+def names_without_norms(model):
+    return [layer.name for layer in model.layers if not isinstance(layer, keras.layers.BatchNormalization)]
+
+
+@pytest.mark.parametrize("block", [None, InvertedResidual])
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -55,10 +60,10 @@ def folded(model, rng, low=-1, high=1):
     ],
     ids=lambda arguments: "-".join(arguments) or "plain",
 )
-def test_a_folded_model_gives_the_same_outputs(arguments, rng):
-    model = small(**arguments)
+def test_a_folded_model_gives_the_same_outputs(arguments, block, rng):
+    model = small(**arguments, block=block)
     result = folded(model, rng)
-    assert [layer.name for layer in result.layers] == [layer.name for layer in model.layers]
+    assert [layer.name for layer in result.layers] == names_without_norms(model)
     assert result.name == model.name
     assert not result.non_trainable_weights
 
@@ -73,11 +78,20 @@ def test_a_folded_model_gives_the_same_outputs_in_float32(rng):
     assert difference <= 1e-5
 
 
-def test_channels_first_is_folded_in_float32(rng):
-    layer_input = keras.Input((16, 9, 9))
-    x = InvertedResidual(16, data_format="channels_first")(layer_input)
-    model = keras.Model(layer_input, ConvNormActivation(8, data_format="channels_first")(x))
-    images = rng.normal(size=(2, 16, 9, 9)).astype("float32")
+def compact_channels_first():
+    image = keras.Input((16, 9, 9))
+    x = InvertedResidual(16, data_format="channels_first")(image)
+    return keras.Model(image, ConvNormActivation(8, data_format="channels_first")(x))
+
+
+def open_channels_first():
+    return small(input_shape=(3, 32, 32), data_format="channels_first", include_top=False)
+
+
+@pytest.mark.parametrize("make", [open_channels_first, compact_channels_first])
+def test_channels_first_is_folded_in_float32(make, rng):
+    model = make()
+    images = rng.normal(size=(2, *model.input_shape[1:])).astype("float32")
     if keras.backend.backend() == "tensorflow":
         # Keras's batch norm of channels-first images in training has no CPU kernel to calibrate with.
         for weight in model.weights:
@@ -130,18 +144,23 @@ def test_a_folded_model_is_saved_and_trained_like_any_other(rng, tmp_path):
     assert sum(changed) > len(changed) / 2
 
 
-def test_a_fine_tuned_model_with_frozen_blocks_stays_so(rng):
-    model = small(dropout=0)
-    for layer in model.layers[:4]:
+@pytest.mark.parametrize("block", [None, InvertedResidual])
+def test_a_fine_tuned_model_with_frozen_blocks_stays_so(block, rng):
+    model = small(dropout=0, block=block)
+    last = "block_1_project" if block is None else "block_1"
+    for layer in model.layers[1 : 1 + [layer.name for layer in model.layers].index(last)]:
         layer.trainable = False
     model.compile("sgd", "sparse_categorical_crossentropy")
     model.fit(rng.normal(size=(8, *SIZE)), np.arange(8) % 5, batch_size=4, verbose=0)
     result = folded(model, rng)
     assert result.compiled
-    assert [layer.trainable for layer in result.layers[1:]] == [layer.trainable for layer in model.layers[1:]]
-    frozen = result.layers[3].get_weights()
+    assert [layer.name for layer in result.layers] == names_without_norms(model)
+    for layer in result.layers[1:]:
+        assert layer.trainable == model.get_layer(layer.name).trainable
+    assert not result.get_layer(last).trainable
+    frozen = result.get_layer(last).get_weights()
     result.fit(rng.normal(size=(8, *SIZE)), np.arange(8) % 5, batch_size=4, verbose=0)
-    assert all(np.array_equal(a, b) for a, b in zip(result.layers[3].get_weights(), frozen, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(result.get_layer(last).get_weights(), frozen, strict=True))
 
 
 def test_a_folded_model_folds_to_itself_and_other_norms_stay(rng):

@@ -35,6 +35,22 @@ def test_the_positional_arguments_are_those_of_keras_applications():
     assert (model.name, model.output_shape) == ("mobilenetv2_1.00_224", (None, 1000))
 
 
+def last_layer(model, row):
+    """The layer that gives a row's tensor, of a model of either form."""
+    names = {"stem": "Conv1_relu", "head": "out_relu"}
+    name = row.name if row.name != "block_0" else "expanded_conv"
+    known = {layer.name for layer in model.layers}
+    ends = (
+        row.name,
+        names.get(row.name),
+        f"{name}_add",
+        f"{name}_project_BN",
+        f"{name}_project_norm",
+        f"{name}_project",
+    )
+    return model.get_layer(next(end for end in ends if end in known))
+
+
 @given(
     alpha=st.floats(0.1, 1.5),
     height=st.one_of(st.none(), st.integers(32, 70)),
@@ -51,6 +67,7 @@ def test_the_positional_arguments_are_those_of_keras_applications():
     padding=st.sampled_from(["same", "symmetric"]),
     norm_layer=st.sampled_from(["batch_norm", "group_norm", None]),
     stochastic_depth=st.floats(0, 0.9),
+    block=st.sampled_from([None, keras_mnv2.layers.InvertedResidual]),
     data_format=st.sampled_from(["channels_last", "channels_first"]),
 )
 def test_what_is_allowed_builds_and_has_the_shape_of_the_plan(height, width, channels, data_format, **arguments):
@@ -74,7 +91,7 @@ def test_what_is_allowed_builds_and_has_the_shape_of_the_plan(height, width, cha
     expected = (None, *sides, last) if data_format == "channels_last" else (None, last, *sides)
     assert model.output_shape == expected
     for row in rows:
-        assert model.get_layer(row.name).output.shape[-1 if data_format == "channels_last" else 1] == row.channels
+        assert last_layer(model, row).output.shape[-1 if data_format == "channels_last" else 1] == row.channels
 
 
 FORBIDDEN = {
@@ -185,22 +202,33 @@ def test_features_by_stride(rng):
     }
 
 
+FEATURES = ["stem", "block_3", "block_13_expand", "stride_16"]
+
+
 def test_features_by_name_equal_the_whole_models(rng):
     model = small(include_top=False)
+    ends = ["Conv1_relu", "block_3_project_BN", "block_13_expand_relu", "block_12_add"]
+    check_features(model, [model.get_layer(name).output for name in ends], rng)
+
+
+def test_features_of_blocks_as_layers_equal_the_whole_models(rng):
+    model = small(include_top=False, block=keras_mnv2.layers.InvertedResidual)
+    stem, block_3, block_12 = (model.get_layer(name).output for name in ("stem", "block_3", "block_12"))
+    check_features(model, [stem, block_3, model.get_layer("block_13").expand(block_12), block_12], rng)
+
+
+def check_features(model, expected, rng):
+    block = None if "Conv1" in {layer.name for layer in model.layers} else keras_mnv2.layers.InvertedResidual
+    backbone = small(include_top=False, features=FEATURES, block=block)
+    assert not [layer.name for layer in backbone.layers if layer.name.startswith("block_14")]
     randomise(model, rng)
-    names = ["stem", "block_3", "block_13_expand", "stride_16"]
-    backbone = small(include_top=False, features=names)
-    assert "block_14" not in {layer.name for layer in backbone.layers}
     for layer in backbone.layers:
         layer.set_weights(model.get_layer(layer.name).get_weights() if layer.weights else [])
     x = images(rng)
     found = backbone.predict(x, verbose=0)
-    inside = keras.Model(model.input, [model.get_layer(n).output for n in ("stem", "block_3", "block_12")])
-    stem, block_3, block_12 = inside.predict(x, verbose=0)
-    expanded = keras.ops.convert_to_numpy(model.get_layer("block_13").expand(block_12))
-    assert set(found) == set(names)
-    for name, expected in zip(names, (stem, block_3, expanded, block_12), strict=True):
-        assert relative_difference(found[name], expected) <= 1e-5
+    assert list(found) == FEATURES
+    for name, value in zip(FEATURES, keras.Model(model.input, expected).predict(x, verbose=0), strict=True):
+        assert relative_difference(found[name], value) <= 1e-5
 
 
 def test_output_stride_computes_what_the_strides_skip(rng):
@@ -242,7 +270,7 @@ def test_channels_first_gives_the_numbers_of_channels_last(padding, rng):
 def test_mixed_precision_computes_low_and_ends_in_float32(policy, rng):
     exact, low = small(), small(dtype=policy)
     low.set_weights(exact.get_weights())
-    assert low.get_layer("block_3").compute_dtype == policy.removeprefix("mixed_")
+    assert low.get_layer("block_3_expand").compute_dtype == policy.removeprefix("mixed_")
     assert {w.dtype for w in low.weights} == {"float32"}
     x = images(rng)
     found = low.predict(x, verbose=0)

@@ -10,6 +10,7 @@ from keras_mnv2.quantize import (
     QuantizedDense,
     QuantizedInvertedResidual,
 )
+from tests.conftest import ONCE
 from tests.helpers import note, randomise, relative_difference, relative_norm
 from tests.test_export import pictures, small
 from tests.test_ops import gradients
@@ -25,15 +26,16 @@ def numpy(x):
     return keras.ops.convert_to_numpy(x)
 
 
-@pytest.fixture(scope="module")
-def trained():
+# The compact form's layers fold and round by the same code: once is enough.
+@pytest.fixture(scope="module", params=[None, pytest.param(InvertedResidual, marks=ONCE)], ids=["open", "compact"])
+def trained(request):
     """A small model, its quantisation-aware copy after two epochs on pictures of four colours, and the pictures."""
     rng = np.random.default_rng(2)
     keras.utils.set_random_seed(0)
     labels = np.arange(96) % 4
     colours = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])[labels][:, None, None]
     images = np.clip(pictures(rng, 96) * 0.6 - 20 + 130 * colours, 0, 255)
-    model = small(include_preprocessing=True, classes=4, dropout=0)
+    model = small(include_preprocessing=True, classes=4, dropout=0, block=request.param)
     model.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(images, labels, batch_size=32, epochs=8, verbose=0)
     quantized = keras_mnv2.quantize_aware(model)
@@ -53,18 +55,31 @@ def test_it_trains_with_fit_and_predicts_well(trained):
 
 def test_names_outputs_and_weights_are_those_of_the_model(trained):
     model, quantized = trained[:2]
+    # A convolution has its padding, batch norm and activation inside.
+    inside = (keras.layers.ZeroPadding2D, keras.layers.BatchNormalization, keras.layers.ReLU)
     assert [layer.name for layer in quantized.layers if layer.name != "input_range"] == [
-        layer.name for layer in model.layers
+        layer.name for layer in model.layers if not isinstance(layer, inside)
     ]
     assert quantized.output_shape == model.output_shape
     assert quantized.input_shape == model.input_shape
     fresh = keras_mnv2.quantize_aware(model)
-    given = {weight.path: numpy(weight) for weight in model.weights}
+    # The norm inside a convolution's layer is called `norm`.
+    convs = {
+        layer.name: layer.input._keras_history.operation.name
+        for layer in model.layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+    }
+
+    def path(weight):
+        name, _, rest = weight.path.partition("/")
+        return f"{convs[name]}/norm/{rest}" if name in convs else weight.path
+
+    given = {path(weight): numpy(weight) for weight in model.weights}
     kept = [weight for weight in fresh.weights if weight.path in given]
     assert len(kept) == len(given)
     assert all(np.array_equal(numpy(weight), given[weight.path]) for weight in kept)
     # Trained are those of the model: neither the ranges nor the scaling of the pixels.
-    assert {w.path for w in fresh.trainable_weights} == {w.path for w in model.trainable_weights}
+    assert {w.path for w in fresh.trainable_weights} == {path(w) for w in model.trainable_weights}
 
 
 def test_it_is_saved_and_loaded(trained, tmp_path):
@@ -256,8 +271,15 @@ def own_layer():
         (own_layer, "got the layer 'odd' of type Own"),
         (lambda: small(dtype="mixed_bfloat16"), "must compute in float32 to be quantised, got mixed_bfloat16"),
         (
-            lambda: small(norm_layer="group_norm"),
+            lambda: small(norm_layer="group_norm", block=InvertedResidual),
             'must have norm_layer="batch_norm" or None .* got .group_norm. in the layer .stem.',
+        ),
+        *(
+            (
+                lambda norm_layer=norm_layer: small(norm_layer=norm_layer),
+                'must have norm_layer="batch_norm" or None .* got the layer .Conv1. with neither',
+            )
+            for norm_layer in ("group_norm", "sync_batch_norm")
         ),
         (lambda: keras_mnv2.quantize_aware(small()), "must not be quantised yet"),
         (lambda: "model", "must be a built functional or sequential Keras model with one input, got 'model'"),

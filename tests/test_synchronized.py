@@ -13,20 +13,25 @@ from keras_mnv2.layers import ConvNormActivation
 WORKER = """
 import sys
 import keras, numpy as np, torch, torch.distributed as dist
-from keras_mnv2.layers import ConvNormActivation
+from keras_mnv2.layers import BatchNormalization, Conv2D, ConvNormActivation, ReLU
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
 x = np.load(f"{folder}/x.npy")
 part = torch.tensor(x[:5] if rank == 0 else x[5:])
 layer = ConvNormActivation(8, norm_layer="sync_batch_norm")
-layer.build(x.shape)
-layer.kernel.assign(np.load(f"{folder}/kernel.npy"))
-y = layer(part, training=True)
-y.square().sum().backward()
-gradient = layer.kernel.value.grad
-dist.all_reduce(gradient)
-np.savez(f"{folder}/{rank}.npz", y=y.detach().numpy(), gradient=gradient.numpy(), mean=layer.norm.moving_mean.numpy(),
-         variance=layer.norm.moving_variance.numpy())
+conv = Conv2D(8, 3, padding="same", use_bias=False)
+norm = BatchNormalization(momentum=0.9, synchronized=True)
+layers = keras.Sequential([conv, norm, ReLU(6.0)])
+for form, model, owner, norm in (("compact", layer, layer, None), ("open", layers, conv, norm)):
+    model.build(x.shape)
+    norm = norm or layer.norm
+    owner.kernel.assign(np.load(f"{folder}/kernel.npy"))
+    y = model(part, training=True)
+    y.square().sum().backward()
+    gradient = owner.kernel.value.grad
+    dist.all_reduce(gradient)
+    np.savez(f"{folder}/{form}_{rank}.npz", y=y.detach().numpy(), gradient=gradient.numpy(),
+             mean=norm.moving_mean.numpy(), variance=norm.moving_variance.numpy())
 dist.destroy_process_group()
 """
 
@@ -51,14 +56,15 @@ def test_two_processes_have_the_statistics_and_gradients_of_one(tmp_path, rng):
     for worker in workers:
         _, errors = worker.communicate(timeout=120)
         assert worker.returncode == 0, errors
-    parts = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
     whole = {
         "gradient": layer.kernel.value.grad,
         "mean": layer.norm.moving_mean,
         "variance": layer.norm.moving_variance,
     }
-    found = np.concatenate([part["y"] for part in parts])
-    assert np.allclose(found, keras.ops.convert_to_numpy(y), atol=1e-5)
-    for part in parts:
-        for name, expected in whole.items():
-            assert np.allclose(part[name], keras.ops.convert_to_numpy(expected), rtol=1e-4, atol=1e-4), name
+    for form in ("compact", "open"):
+        parts = [np.load(tmp_path / f"{form}_{rank}.npz") for rank in range(2)]
+        found = np.concatenate([part["y"] for part in parts])
+        assert np.allclose(found, keras.ops.convert_to_numpy(y), atol=1e-5)
+        for part in parts:
+            for name, expected in whole.items():
+                assert np.allclose(part[name], keras.ops.convert_to_numpy(expected), rtol=1e-4, atol=1e-4), name

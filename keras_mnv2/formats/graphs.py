@@ -92,7 +92,7 @@ def named(model: keras.Model, outputs: Any) -> dict[str, Any]:
 def input_name(model: keras.Model) -> str:
     """The name of a model's one input: `image` where Keras gave it one by number, which another run would not."""
     name = model.inputs[0].name
-    return "image" if re.fullmatch(r"input_layer(_\d+)?", name) else name
+    return "image" if re.fullmatch(r"(input_layer|keras_tensor)(_\d+)?", name) else name
 
 
 def output_names(model: keras.Model) -> list[str]:

@@ -42,7 +42,7 @@ class _Compact(keras.layers.Layer):
 
     def __call__(self, *args, **kwargs):
         if self.built and len(args) == 1 and kwargs == {"training": False}:
-            direct = ops.runs_directly(self, args[0], False) and is_plain(self)
+            direct = ops.runs_directly(self, args[0]) and is_plain(self)
             # Whoever watches a part is told only by its own `__call__`.
             parts = self._parts().values() if direct else ()
             if direct and all(is_plain(part) for part in parts if isinstance(part, keras.Layer)):
@@ -164,16 +164,16 @@ class ConvNormActivation(_Compact):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_whole("filters", filters)
-        check_whole("kernel_size", kernel_size)
-        check_choice("stride", stride, (1, 2))
-        check_choice("groups", groups, (1, filters))
-        check_choice("padding", padding, (*PADDINGS, "valid"))
-        check_whole("dilation_rate", dilation_rate)
+        filters = check_whole("filters", filters)
+        kernel_size = check_whole("kernel_size", kernel_size)
+        stride = check_choice("stride", stride, (1, 2))
+        groups = check_choice("groups", groups, (1, filters))
+        padding = check_choice("padding", padding, (*PADDINGS, "valid"))
+        dilation_rate = check_whole("dilation_rate", dilation_rate)
         if stride > 1 and dilation_rate > 1:
             raise ValueError(f"dilation_rate must be 1 where stride is {stride}, got {dilation_rate!r}.")
-        check_rate("norm_momentum", norm_momentum)
-        check_positive("norm_epsilon", norm_epsilon)
+        norm_momentum = check_rate("norm_momentum", norm_momentum)
+        norm_epsilon = check_positive("norm_epsilon", norm_epsilon)
         self.filters = filters
         self.kernel_size = kernel_size
         self.stride = stride
@@ -330,9 +330,10 @@ class InvertedResidual(_Compact):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_positive("expand_ratio", expand_ratio)
-        check_choice("shortcut", shortcut, SHORTCUTS)
-        check_rate("stochastic_depth", stochastic_depth)
+        expand_ratio = check_positive("expand_ratio", expand_ratio)
+        padding = check_choice("padding", padding, PADDINGS)
+        shortcut = check_choice("shortcut", shortcut, SHORTCUTS)
+        stochastic_depth = check_rate("stochastic_depth", stochastic_depth)
         self.filters = filters
         self.stride = stride
         self.expand_ratio = expand_ratio

@@ -5,6 +5,7 @@ convolution with what lies around it, and units as blocks. Either a graph of lay
 of layers as they come (`Call`): both through `read_block`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -55,10 +56,20 @@ class Unit:
         self.filters = filters
         self.plain_norm = norm is not None and is_plain_batch_norm(norm, data_format)
 
-    def __call__(self, x: Any, training: Any = None) -> Any:
-        """Computes it; in inference the batch norm is folded into the kernel (Jacob et al. 2018, section 3.2)."""
-        norm = self.norm
-        kernel, bias = value_of(self.conv.kernel), value_of(self.conv.bias)
+    def __call__(self, x: Any, training: Any = None, own: bool = False) -> Any:
+        """Computes it; in inference the batch norm is folded into the kernel (Jacob et al. 2018, section 3.2).
+
+        Args:
+            x: images.
+            training: as in Keras.
+            own: whether to take the layers' own tensors, as `Cache` has them, in the place of what Keras's variables
+                stand for at the moment.
+        """
+        conv, norm = self.conv, self.norm
+        if own:
+            kernel, bias = (*conv.cache.tensors, None)[:2]
+        else:
+            kernel, bias = value_of(conv.kernel), value_of(conv.bias)
         if norm is None:
             y = self.convolve(x, kernel, bias)
         elif not self.plain_norm or (bias is not None and not training):
@@ -66,7 +77,8 @@ class Unit:
         elif training and norm.trainable:
             y = normalize_by_batch(norm, self.convolve(x, kernel, bias), self.data_format)
         else:
-            y = self.convolve(x, *self.folded(kernel, norm.moving_mean.value, norm.moving_variance.value))
+            of_norm = norm.cache.tensors if own else norm_values(norm)
+            y = self.convolve(x, *ops.fold(kernel, self.depthwise, *of_norm, norm.epsilon))
         return y if self.activation is None else self.activation(y)
 
     def folded(self, kernel: Any, mean: Any, variance: Any) -> tuple[Any, Any]:
@@ -98,13 +110,19 @@ def value_of(variable: Any) -> Any:
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
+def norm_values(norm: Any) -> Sequence[Any]:
+    """Scale, shift, moving mean and variance of a plain batch norm as tensors."""
+    return [v.value for v in (norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)]
+
+
 def normalize_by_batch(norm: Any, x: Any, data_format: str) -> Any:
     """A plain batch norm in training: by the statistics of the batch, which the moving ones follow."""
+    gamma, beta, moving_mean, moving_variance = norm_values(norm)
     y, mean, variance = ops.batch_normalization(
-        x, norm.gamma.value, norm.beta.value, norm.epsilon, data_format, synchronized=norm.synchronized
+        x, gamma, beta, norm.epsilon, data_format, synchronized=norm.synchronized
     )
-    for moving, found in ((norm.moving_mean, mean), (norm.moving_variance, variance)):
-        moving.assign(ops.moving_average(moving.value, found, norm.momentum))
+    norm.moving_mean.assign(ops.moving_average(moving_mean, mean, norm.momentum))
+    norm.moving_variance.assign(ops.moving_average(moving_variance, variance, norm.momentum))
     return y
 
 
@@ -186,7 +204,13 @@ _ROLES = (
 
 def role_of(layer: Any) -> str | None:
     """What a layer is to a block: `"conv"`, `"norm"`, `"activation"`, `"add"`, `"pad"`, or None."""
-    return next((role for role, kinds in _ROLES if isinstance(layer, kinds)), None)
+    kind: Any = type(layer)
+    return _role_of_class(kind)
+
+
+@functools.cache
+def _role_of_class(kind: Any) -> str | None:
+    return next((role for role, kinds in _ROLES if issubclass(kind, kinds)), None)
 
 
 def read_unit(call: Any, call_of: Callable[[Any], Any], free: Callable[[Any], bool]) -> Group | None:
@@ -262,6 +286,9 @@ def is_plain(layer: Any) -> bool:
         layer.activity_regularizer is None
         and "call" not in vars(layer)
         and getattr(layer, "quantization_mode", None) is None
+        and not getattr(layer, "lora_enabled", False)
+        # Nothing public tells what keras.RematScope has set.
+        and getattr(layer, "_remat_mode", None) is None
         and not ops.is_watched(layer)
     )
 
@@ -273,11 +300,12 @@ class Call:
         layer: the layer.
         inputs: a tuple of tensors.
         shape: of the output; (batch, ...).
+        value: the output, once it is computed.
         device: of the output, on PyTorch.
         versions: of what it reads, at the time of the call, where the backend counts them.
     """
 
-    __slots__ = ("_value", "device", "inputs", "layer", "shape", "versions")
+    __slots__ = ("device", "inputs", "layer", "shape", "value", "versions")
 
     def __init__(self, layer: Any, inputs: tuple, shape: Any = None, device: Any = None):
         self.layer = layer
@@ -285,7 +313,7 @@ class Call:
         self.shape = shape
         self.device = device
         self.versions: Any = None
-        self._value: Any = None
+        self.value: Any = None
 
     @property
     def ends_block(self) -> bool:
@@ -298,22 +326,22 @@ class Call:
         Raises:
             RuntimeError: where the numbers that it reads have changed since the call.
         """
-        if self._value is None:
+        if self.value is None:
             block = read_block(self, _pending, _always)
             if block is not None:
                 # Of blocks before this one first, so that the check ends there.
                 x = ops.settled(block.start)
                 self._check_versions()
                 units = [group.unit() for group in block.groups]
-                self._value = run_block(units, x, block.shortcut, False, units[0].data_format)
+                self.value = run_block(units, x, block.shortcut, False, units[0].data_format, self.versions is not None)
             elif computed is not None:
-                self._value = computed
+                self.value = computed
             else:
                 inputs = [ops.settled(x) for x in self.inputs]
                 self._check_versions()
-                self._value = self.layer.call(inputs if len(inputs) > 1 else inputs[0], training=False)
+                self.value = self.layer.call(inputs if len(inputs) > 1 else inputs[0], training=False)
             self.inputs = ()
-        return self._value
+        return self.value
 
     def _check_versions(self):
         if self.versions is not None and self.versions != ops.versions(self):
@@ -412,10 +440,11 @@ class Plan:
 
 
 class Cache:
-    """What a layer of one operation has found out: its unit, the layers of that, shapes of its output, variables."""
+    """What a layer of one operation knows: its unit, the layers of that, shapes, variables and their tensors."""
 
     def __init__(self) -> None:
         self.variables: list = []
+        self.tensors: list = []
         self.unit: Any = None
         self.members: tuple = ()
         self.shapes: dict[tuple, tuple] = {}
@@ -441,7 +470,7 @@ _SIMPLE = (
 )
 
 
-def run_block(units: Sequence[Unit], x: Any, shortcut: bool, training: Any, data_format: str) -> Any:
+def run_block(units: Sequence[Unit], x: Any, shortcut: bool, training: Any, data_format: str, own: bool = False) -> Any:
     """Units one after the other, and their input added to what comes out where `shortcut` says so.
 
     Args:
@@ -450,12 +479,13 @@ def run_block(units: Sequence[Unit], x: Any, shortcut: bool, training: Any, data
         shortcut: whether to add `x`.
         training: as in Keras.
         data_format: of `x`.
+        own: as for `Unit`.
     """
 
     def run(x):
         y = x
         for unit in units:
-            y = unit(y, training)
+            y = unit(y, training, own)
         return y + x if shortcut else y
 
     sides = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]

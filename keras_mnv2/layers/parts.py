@@ -15,11 +15,10 @@ from keras_mnv2.layers.fusing import (
     Part,
     is_plain,
     is_square,
+    norm_values,
     normalize_by_batch,
     read_unit,
 )
-
-_KEYWORDS = {"training", "mask"}
 
 
 class _Direct(Part):
@@ -30,10 +29,12 @@ class _Direct(Part):
         self.cache = Cache()
 
     def __call__(self, *args, **kwargs):
+        training = kwargs.get("training")
         # A graph of Keras hands down the mask that a batch norm takes.
-        if self.built and len(args) == 1 and kwargs.keys() <= _KEYWORDS and kwargs.get("mask") is None:
-            inputs, training = args[0], kwargs.get("training")
-            if ops.runs_directly(self, inputs, training) and is_plain(self):
+        known = len(kwargs) == 1 or (len(kwargs) == 2 and kwargs.get("mask", 0) is None)
+        if training is not None and known and len(args) == 1 and self.built:
+            inputs = args[0]
+            if ops.runs_directly(self, inputs) and is_plain(self):
                 if not training:
                     later = ops.run_later(self._call_on(inputs))
                     if later is not None:
@@ -121,15 +122,7 @@ class BatchNormalization(_Direct, keras.layers.BatchNormalization):
         if group is not None and group.conv.bias is None:
             y = group.unit()(group.start, training=False)
         else:
-            y = ops.normalize(
-                ops.numbers(inputs),
-                self.gamma.value,
-                self.beta.value,
-                self.moving_mean.value,
-                self.moving_variance.value,
-                self.epsilon,
-                self._data_format,
-            )
+            y = ops.normalize(ops.numbers(inputs), *norm_values(self), self.epsilon, self._data_format)
         return ops.note(y, call)
 
     @property
@@ -178,5 +171,5 @@ class Add(_Direct, keras.layers.Add):
     """
 
     def call(self, inputs, training=None):
-        y = super().call([ops.settled(x) for x in inputs])
+        y = super().call([ops.known(x) for x in inputs])
         return y if training else ops.note(y, Call(self, tuple(inputs)))

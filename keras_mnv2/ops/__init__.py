@@ -20,6 +20,7 @@ fake_quantize = _module.fake_quantize
 fold = _module.fold
 folds_noted = _module.folds_noted
 is_watched = _module.is_watched
+known = _module.known
 moving_average = _module.moving_average
 network_in_chunks = _module.network_in_chunks
 normalize = _module.normalize

@@ -74,6 +74,12 @@ def call_of(x):
     return call if reference is not None and reference() is x else None
 
 
+def known(x):
+    """See `keras_mnv2.ops.default.known`."""
+    call = call_of(x)
+    return x if call is None or call.value is None else call.value
+
+
 def settled(x):
     """See `keras_mnv2.ops.default.settled`."""
     call = call_of(x)

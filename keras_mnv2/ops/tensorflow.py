@@ -12,6 +12,7 @@ from keras_mnv2.ops.padding import spatial_padding
 block_in_chunks = default.block_in_chunks
 fold = default.fold
 is_watched = default.is_watched
+known = default.known
 moving_average = default.moving_average
 network_in_chunks = default.network_in_chunks
 normalize = default.normalize

@@ -24,7 +24,9 @@ def fetch(url: str, file_name: str, sha256: str | None = None) -> Path:
     """Gives the cached file, which is downloaded with a progress bar first where it is missing or another.
 
     The download goes to a folder beside, which vanishes with it on any failure. It gets its final name only
-    after its hash was checked or, where none is published, after it was read as a file of weights.
+    after its hash was checked or, where none is published, after it was read as a file of weights. The hash of its
+    first download is then kept beside it, as `NAME.sha256` in the form of the command sha256sum: a line says where a
+    file is another one than that.
 
     Args:
         url: where the file is published.
@@ -42,6 +44,8 @@ def fetch(url: str, file_name: str, sha256: str | None = None) -> Path:
     target = cache_folder() / file_name
     if target.is_file():
         if sha256 is None or _digits(target).startswith(sha256):
+            if sha256 is None:
+                _compare(target)
             return target
         print(f"{target} has another SHA-256 than the published {sha256}: it is downloaded again.", flush=True)
     try:
@@ -75,7 +79,28 @@ def fetch(url: str, file_name: str, sha256: str | None = None) -> Path:
                 told = str(error).replace(repr(str(found)), f"from {url}").rstrip(".")
                 raise ValueError(f"{told}; it was thrown away and not put at {str(target)!r}.") from error
         os.replace(found, target)
+    if sha256 is None:
+        if not _record(target).is_file():
+            _record(target).write_text(f"{_digits(target)}  {file_name}\n")
+        _compare(target)
     return target
+
+
+def _record(path):
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _compare(path):
+    record = _record(path)
+    if not record.is_file():
+        return  # Put there by hand.
+    first, found = record.read_text(errors="replace").partition(" ")[0], _digits(path)
+    if found != first:
+        print(
+            f"{path} has the SHA-256 {found}, at its first download it was {first}: "
+            f"where that is right, remove {record}.",
+            flush=True,
+        )
 
 
 def _digits(path):

@@ -4,7 +4,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,9 @@ from safetensors.numpy import save_file
 
 from keras_mnv2.arguments import check_choice
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual
-from keras_mnv2.weights.fetch import fetch
-from keras_mnv2.weights.read import read_arrays
-from keras_mnv2.weights.rename import (
-    LAYOUTS,
-    Block,
-    Layout,
-    file_names,
-    find_layout,
-    from_keras,
-    later_blocks,
-    to_keras,
-)
-from keras_mnv2.weights.table import CHECKPOINTS, Checkpoint, find_checkpoint
+from keras_mnv2.weights.rename import LAYOUTS, Block, file_names, from_keras, later_blocks, to_keras
+from keras_mnv2.weights.source import Source, checkpoint_of, read_source
 
-HUB = "https://huggingface.co/"
 # The layouts that `save_weights` writes.
 WRITTEN = ("torchvision", "timm", "transformers", "sequential", "keras")
 KEEP = "skip_classifier=True keeps the model's own"
@@ -45,66 +32,9 @@ _ENDS = {
 }
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file of weights that was read.
-
-    Attributes:
-        path: of the file.
-        arrays: by the names in it.
-        layout: of the names.
-    """
-
-    path: Path
-    arrays: dict[str, np.ndarray]
-    layout: Layout
-
-
-def checkpoint_of(weights: str | os.PathLike) -> Checkpoint | None:
-    """The published checkpoint that `weights` names, or None where it is a path or another hf:// address.
-
-    Raises:
-        ValueError: where it is neither a known name, nor an existing file, nor an hf:// address.
-    """
-    text = os.fspath(weights)
-    if text.startswith("hf://"):
-        found = [c for c in CHECKPOINTS if c.url.startswith(f"{HUB}{text.removeprefix('hf://')}/resolve/")]
-        return found[0] if found else None
-    return None if Path(text).is_file() else find_checkpoint(text)
-
-
-def read_source(weights: str | os.PathLike | Checkpoint | Source) -> Source:
-    """Fetches and reads a checkpoint: a record of the table, an hf:// address, a path, or one that was read.
-
-    Raises:
-        ConnectionError: where it cannot be downloaded.
-        ValueError: where the file cannot be read, or is of no known layout.
-    """
-    if isinstance(weights, Source):
-        return weights
-    if isinstance(weights, Checkpoint):
-        path = fetch(weights.url, weights.file_name, weights.sha256)
-    elif os.fspath(weights).startswith("hf://"):
-        path = _fetch_from_hub(os.fspath(weights))
-    else:
-        path = Path(weights)
-    arrays = read_arrays(path)
-    layout = find_layout(arrays)
-    if layout is None:
-        raise ValueError(
-            f"The file {str(path)!r} holds no MobileNetV2 of a known layout ({', '.join(LAYOUTS)}); "
-            f"its first arrays are {', '.join(sorted(arrays)[:3]) or 'none'}."
-        )
-    return Source(path, arrays, layout)
-
-
-def classes_of(source: Source) -> int:
-    """The width of a file's classifier, or 0 where it has none."""
-    key = file_names(source.layout, [], False, True, source.arrays)["predictions/bias"].key
-    return len(source.arrays[key]) if key in source.arrays else 0
-
-
-def load_weights(model: keras.Model, weights: str | os.PathLike, skip_classifier: bool = False) -> None:
+def load_weights(
+    model: keras.Model, weights: str | os.PathLike, skip_classifier: bool = False, averaged: bool | None = None
+) -> None:
     """Loads a checkpoint of any library into a model that `MobileNetV2` made.
 
     Every array of the file is used once and every variable filled once, in equal shapes, or nothing is
@@ -116,8 +46,12 @@ def load_weights(model: keras.Model, weights: str | os.PathLike, skip_classifier
         model: of `MobileNetV2`, before `fold_batch_norm`.
         weights: name of a published checkpoint (`list_weights`), `hf://OWNER/REPOSITORY[/FILE]`, or the path
             of a file in one of the layouts of `save_weights`: `.safetensors`, `.h5`, `.weights.h5`, `.keras`,
-            `.pth`, `.pt` or `.bin`. PyTorch's files are read without PyTorch, and nothing in them is run.
+            `.pth`, `.pt` or `.bin`. PyTorch's files are read without PyTorch, and nothing in them is run. The file
+            may hold more than the network: a transfer model around it, or what a training script saved besides.
         skip_classifier: keeps the model's own classifier, for another number of classes.
+        averaged: whether the running average of the weights is taken, where a training script saved both (timm's
+            `state_dict_ema`, torchvision's `model_ema`). None, the default, takes the average where there is one, as
+            timm's `load_checkpoint` and torchvision's evaluation do, and says so; False takes the others.
 
     Raises:
         ValueError: where the file cannot be read or does not fit; the message names what differs. The model
@@ -131,7 +65,7 @@ def load_weights(model: keras.Model, weights: str | os.PathLike, skip_classifier
     >>> load_weights(model, "mobilenet.safetensors")
     """
     checkpoint = checkpoint_of(weights)
-    load_source(model, read_source(checkpoint or weights), skip_classifier)
+    load_source(model, read_source(checkpoint or weights, averaged), skip_classifier)
 
 
 def load_source(model: keras.Model, source: Source, skip_classifier: bool = False) -> None:
@@ -175,7 +109,16 @@ def load_source(model: keras.Model, source: Source, skip_classifier: bool = Fals
             raise ValueError(f"{told}: {array.key} holds values that are not finite.")
         values[name] = found
     # Every known array but the counters that has no variable: the classifier, and what follows a model's last block.
-    unused = (array.key for name, array in names.items() if name not in wanted and array.role != "counter")
+    unused = [array.key for name, array in names.items() if name not in wanted and array.role != "counter"]
+    statistics = [
+        array.key
+        for name, array in names.items()
+        if name not in variables and name.replace("moving_mean", "gamma") in variables and array.key in source.arrays
+    ]
+    if statistics:
+        raise ValueError(
+            f"{told}: it is of a network with batch norms, such as {statistics[0]}, the model's are others."
+        )
     left = sorted(key for key in unused if key in source.arrays)
     for name, value in values.items():
         variables[name].assign(value)
@@ -308,17 +251,6 @@ def _load_as_keras_does(model, path):
     except Exception as error:
         model.set_weights(before)
         raise ValueError(f"The file {str(path)!r} does not fit the model: {str(error).splitlines()[0]}") from error
-
-
-def _fetch_from_hub(address):
-    match = re.fullmatch(r"hf://([\w.-]+)/([\w.-]+)(?:/([\w./-]+))?", address)
-    if match is None or ".." in address:
-        raise ValueError(
-            f"weights must have the form hf://OWNER/REPOSITORY or hf://OWNER/REPOSITORY/FILE, got {address!r}."
-        )
-    owner, repository, file = match[1], match[2], match[3] or "model.safetensors"
-    name = "--".join([owner, repository, *file.split("/")])
-    return fetch(f"{HUB}{owner}/{repository}/resolve/main/{file}", name)
 
 
 def _write(path, arrays):

@@ -56,6 +56,7 @@ class Layout:
         classifier: prefixes that the classifier may have; the first is written.
         padding: of the library's own models.
         norm_epsilon: of the library's own models.
+        norm_momentum: likewise, in Keras's convention.
         mean: that the library's checkpoints expect, of pixels of 0..1.
         std: likewise.
         prefixes: what may stand before every name but the classifier's; the first is written.
@@ -69,6 +70,7 @@ class Layout:
     classifier: tuple[str, ...]
     padding: str
     norm_epsilon: float
+    norm_momentum: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     prefixes: tuple[str, ...] = ("",)
@@ -141,6 +143,7 @@ LAYOUTS = {
             ("classifier.1",),
             "symmetric",
             1e-5,
+            0.9,
             IMAGENET_MEAN,
             IMAGENET_STD,
         ),
@@ -154,6 +157,7 @@ LAYOUTS = {
             ("classifier", "classifier.1"),
             "symmetric",
             1e-5,
+            0.9,
             IMAGENET_MEAN,
             IMAGENET_STD,
         ),
@@ -166,6 +170,7 @@ LAYOUTS = {
             ("classifier",),
             "symmetric",
             1e-5,
+            0.9,
             IMAGENET_MEAN,
             IMAGENET_STD,
         ),
@@ -178,6 +183,9 @@ LAYOUTS = {
             ("classifier",),
             "same",
             1e-3,
+            # Its code has PyTorch's momentum=0.997 (transformers 5.23): the authors' share of the old statistics as
+            # that of the new ones, so that one step replaces them. Here it is what the authors meant.
+            0.997,
             HALF,
             HALF,
             ("mobilenet_v2.", ""),
@@ -192,6 +200,7 @@ LAYOUTS = {
             ("Logits", "predictions"),
             "same",
             1e-3,
+            0.999,
             HALF,
             HALF,
         ),
@@ -204,6 +213,7 @@ LAYOUTS = {
             ("predictions", "Logits"),
             "same",
             1e-3,
+            0.999,
             HALF,
             HALF,
         ),
@@ -216,6 +226,7 @@ LAYOUTS = {
             ("predictions",),
             "same",
             1e-3,
+            0.9,
             HALF,
             HALF,
         ),
@@ -227,12 +238,18 @@ _AXES = {"conv": (2, 3, 1, 0), "depthwise": (2, 3, 0, 1), "dense": (1, 0)}
 _NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 
 
-def find_layout(keys: Collection[str]) -> Layout | None:
-    """The layout of a file with these keys, or None."""
+def find_networks(keys: Collection[str]) -> dict[str, Layout]:
+    """The MobileNetV2s in a file with these keys: the layout of each by what stands before its names.
+
+    That is empty in most files. Otherwise it names the dictionary, module or model around the network, such as
+    `state_dict/module.` in a training script's file or `mobilenetv2_1.00_224/` in a transfer model's.
+    """
+    found: dict[str, Layout] = {}
     for layout in LAYOUTS.values():
-        if any(re.fullmatch(layout.mark, key) for key in keys):
-            return layout
-    return None
+        for key in keys:
+            if match := re.fullmatch(rf"(?P<prefix>|.*?[./])(?:{layout.mark})", key):
+                found.setdefault(match["prefix"], layout)
+    return found
 
 
 def file_names(
@@ -263,7 +280,10 @@ def file_names(
     separator = "." if layout.torch else "/"
     names = {}
     for name, kind, number, part, role in units:
-        conv, norm = (prefix + base + separator for base in layout.conv(kind, blocks, number, part))
+        conv, norm = (prefix + base for base in layout.conv(kind, blocks, number, part))
+        # What is no batch norm is called so where this package's model was saved as Keras does.
+        norm = f"{conv}_norm" if f"{conv}_norm/gamma" in keys else norm
+        conv, norm = conv + separator, norm + separator
         names[f"{name}/kernel"] = Array(conv + ("weight" if layout.torch else "kernel"), role)
         for ours, theirs in _NORM.items():
             names[f"{name}/norm/{ours}"] = Array(norm + (theirs if layout.torch else ours), "vector")

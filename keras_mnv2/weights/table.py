@@ -277,11 +277,11 @@ def list_weights(
     ]
 
 
-def find_checkpoint(name: str) -> Checkpoint:
+def find_checkpoint(name: object) -> Checkpoint:
     """The checkpoint of that name, or a `ValueError` that lists the nearest names."""
     names = [checkpoint.name for checkpoint in CHECKPOINTS]
     if name not in names:
-        near = difflib.get_close_matches(name, names, 3, 0.3) or names[:3]
+        near = difflib.get_close_matches(str(name), names, 3, 0.3) or names[:3]
         raise ValueError(
             f"weights must be None, 'imagenet', the name of a published checkpoint, an hf:// address or the path of "
             f"an existing file, got {name!r}; the nearest names are {', '.join(near)} "

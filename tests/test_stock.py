@@ -1,0 +1,99 @@
+"""Models of Keras's own classes: taken over from keras.applications, and written for those without this package."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mnv2
+from keras_mnv2.layers import InvertedResidual
+from keras_mnv2.stock import to_stock
+from tests import twins
+from tests.conftest import once
+from tests.helpers import randomise, relative_difference, run_python
+
+
+def images(rng):
+    return rng.uniform(-1, 1, (4, *twins.SIZE)).astype("float32")
+
+
+def transfer(form):
+    base = twins.theirs(include_top=False)
+    twins.enliven(base)
+    if form == "sequential":
+        return keras.Sequential([base, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3, "softmax")])
+    x = keras.Input(twins.SIZE) if form == "nested" else base.input
+    y = base(x) if form == "nested" else base.output
+    return keras.Model(x, keras.layers.Dense(3, "softmax")(keras.layers.GlobalAveragePooling2D()(y)))
+
+
+@pytest.mark.parametrize("form", ["nested", "flattened", "sequential"])
+def test_a_transfer_model_is_taken_over(form, rng):
+    source = transfer(form)
+    frozen = source.layers[1] if form == "nested" else source.layers[0] if form == "sequential" else None
+    if frozen is not None:
+        frozen.trainable = False
+    source.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model = keras_mnv2.from_keras(source)
+    x = images(rng)
+    assert relative_difference(model.predict(x, verbose=0), source.predict(x, verbose=0)) <= 1e-5
+    assert [layer.name for layer in twins.layers_of(model)] == [layer.name for layer in twins.layers_of(source)]
+    assert len(model.trainable_weights) == len(source.trainable_weights) == (158 if frozen is None else 2)
+    assert type(model.optimizer) is type(source.optimizer)
+    losses = [float(one.train_on_batch(x, np.array([0, 1, 2, 0]))[0]) for one in (source, model)]
+    assert abs(losses[0] - losses[1]) <= 1e-4
+
+
+def test_only_a_mobilenet_is_taken_over():
+    with pytest.raises(ValueError, match=r"model must have the layers of keras\.applications\.MobileNetV2"):
+        keras_mnv2.from_keras(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"padding": "symmetric", "include_preprocessing": True},
+        {"norm_layer": "group_norm"},
+        {"block": InvertedResidual, "stochastic_depth": 0.2},
+    ],
+    ids=lambda arguments: "-".join(arguments),
+)
+def test_a_model_in_keras_own_classes_computes_the_same(arguments, rng):
+    model = keras_mnv2.MobileNetV2(twins.SIZE, 0.35, weights=None, classes=3, **arguments)
+    x = rng.uniform(0, 255, (4, *twins.SIZE)) if "include_preprocessing" in arguments else images(rng)
+    randomise(model, rng, x)
+    keras_mnv2.freeze(model, before="block_15", verbose=False)
+    stock = to_stock(model)
+    assert all(type(layer).__module__.startswith("keras.") for layer in stock.layers)
+    assert len(stock.trainable_weights) == len(model.trainable_weights)
+    assert relative_difference(stock.predict(x, verbose=0), model.predict(x, verbose=0)) <= 2e-5
+
+
+LOADS = """
+import sys
+sys.modules["keras_mnv2"] = None
+import keras, numpy as np
+model = keras.models.load_model(sys.argv[1])
+x = np.load(sys.argv[2])
+np.save(sys.argv[3], model.predict(x, verbose=0))
+model.compile("sgd", "sparse_categorical_crossentropy")
+assert np.isfinite(model.train_on_batch(x, np.zeros(len(x))))
+"""
+
+
+@once
+def test_the_file_loads_without_this_package_on_another_backend(tmp_path, rng):
+    model = keras_mnv2.MobileNetV2(twins.SIZE, 0.35, weights=None, classes=3)
+    randomise(model, rng)
+    report = keras_mnv2.export(model, tmp_path / "model.keras", format="keras", verbose=False)
+    assert report.largest_difference <= 1e-5
+    np.save(tmp_path / "x.npy", images(rng))
+    run_python(LOADS, "tensorflow", tmp_path / "model.keras", tmp_path / "x.npy", tmp_path / "y.npy")
+    found, expected = np.load(tmp_path / "y.npy"), model.predict(np.load(tmp_path / "x.npy"), verbose=0)
+    assert relative_difference(found, expected) <= 1e-4
+
+
+def test_a_quantised_model_has_no_such_form(tmp_path):
+    quantised = keras_mnv2.quantize_aware(twins.ours())
+    with pytest.raises(ValueError, match="model must not be quantised for format='keras'"):
+        keras_mnv2.export(quantised, tmp_path / "model.keras", format="keras")
+    assert not list(tmp_path.iterdir())

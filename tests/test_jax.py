@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import pytest
 
+import keras_mnv2
 from keras_mnv2 import ops
 from keras_mnv2.ops import default
+from tests import twins
 from tests.helpers import double_precision, relative_difference, run_python
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX's transformations")
@@ -150,6 +152,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+import keras_mnv2
 from keras_mnv2 import ops
 
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("batch",))
@@ -175,3 +178,60 @@ for f in (loss, mapped):
 
 def test_on_two_devices():
     run_python(SHARDED, "jax")
+
+
+@pytest.fixture
+def network(jax):
+    """The logits of a small network as a function of images and of its weights, and both, in float64."""
+    model = keras_mnv2.MobileNetV2(
+        (32, 32, 3), 0.35, weights=None, classes=3, classifier_activation=None, dropout=0, activation="silu"
+    )
+    twins.enliven(model)
+    others = [v.value for v in model.non_trainable_variables]
+
+    def run(values, x, training=False):
+        return model.stateless_call(values, others, x, training=training)[0]
+
+    return run, [v.value for v in model.trainable_variables], np.float64(twins.batch(2, size=(32, 32, 3))[0])
+
+
+def drawn_like(values, rng):
+    return [rng.normal(size=v.shape) for v in values]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_network_in_both_modes(training, jax, network, rng):
+    run, values, x = network
+
+    def loss(values):
+        return jax.nn.log_softmax(run(values, x, training))[:, 0].mean()
+
+    along, across = drawn_like(values, rng), drawn_like(values, rng)
+
+    @jax.jit
+    def products(values):
+        gradient, second = jax.jvp(jax.grad(loss), (values,), (along,))
+        return jax.jvp(loss, (values,), (along,))[1], gradient, second
+
+    def vdot(a, b):
+        return sum(map(np.vdot, a, b))
+
+    forward, gradient, second = products(values)
+    assert forward == pytest.approx(vdot(gradient, along), rel=1e-9)
+    # The Hessian is symmetric: forward over reverse along one direction, reverse over forward along the other.
+    swapped = jax.jit(jax.grad(lambda values: jax.jvp(loss, (values,), (across,))[1]))(values)
+    assert vdot(second, across) == pytest.approx(vdot(swapped, along), rel=1e-8)
+    assert abs(vdot(second, across)) > 0
+
+
+def test_the_jacobian_of_a_networks_images(jax, network):
+    run, values, x = network
+    small = x[:1]
+
+    def logits(patch):
+        return run(values, jax.numpy.asarray(small).at[:, :2, :2].add(patch))[0]
+
+    patch = np.zeros((2, 2, 3))
+    found, expected = (jax.jit(mode(logits))(patch) for mode in (jax.jacfwd, jax.jacrev))
+    assert found.shape == (3, 2, 2, 3)
+    assert relative_difference(found, expected) <= 1e-9

@@ -165,3 +165,60 @@ def test_one_process_of_distributed_data_parallel(models, x, tmp_path, recwarn):
     finally:
         torch.distributed.destroy_process_group()
     assert not [str(w.message) for w in recwarn if "stride" in str(w.message)]
+
+
+def test_images_that_have_changed_are_refused(models, x):
+    _, part = models
+    with torch.no_grad():
+        y = part(x, training=False)
+        x += 1
+    with pytest.raises(RuntimeError, match="was not read before its weights or images were changed"):
+        y.numpy()
+
+
+def test_what_waits_is_written_to_and_handed_on(models, x):
+    _, part = models
+    expected = part(x, training=False).detach().numpy()
+    limit = 1e-5 * np.abs(expected).max()
+    with torch.no_grad():
+        found = part(x, training=False)
+        found.mul_(2)
+        np.testing.assert_allclose(found, 2 * expected, atol=2 * limit)
+        total = torch.zeros(expected.shape)
+        total += part(x, training=False)
+        np.testing.assert_allclose(total, expected, atol=limit)
+        np.testing.assert_allclose(torch.from_dlpack(part(x, training=False)), expected, atol=limit)
+        features = part(x, training=False)
+    # Into a head that trains.
+    head = keras.Sequential([keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)])
+    head(features).sum().backward()
+    assert all(v.value.grad is not None for v in head.trainable_variables)
+
+
+def test_inference_mode_inside_and_outside(models, x):
+    _, part = models
+    expected = part(x, training=False).detach().numpy()
+    limit = 1e-5 * np.abs(expected).max()
+    with torch.inference_mode():
+        late, fresh = part(x, training=False), x.clone()
+    np.testing.assert_allclose(late, expected, atol=limit)
+    with torch.no_grad():
+        np.testing.assert_allclose(part(fresh, training=False), expected, atol=limit)
+
+
+def test_an_average_of_weights_is_kept_beside_the_model(x):
+    model = twins.ours()
+    twins.enliven(model)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
+    )
+    average.update_parameters(model)
+    with torch.no_grad():
+        kernels = [p for p in model.parameters() if p.ndim == 4]
+        for kernel in kernels:
+            kernel.mul_(1.02)
+        average.update_parameters(model)
+        for kernel in kernels:
+            kernel.mul_(1.01 / 1.02)
+        found, expected = (one(x, training=False) + 0 for one in (average, model))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)

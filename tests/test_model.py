@@ -193,6 +193,7 @@ def test_input_tensor_keeps_what_comes_before(rng):
 def test_features_by_stride(rng):
     model = small(input_shape=(64, 64, 3), include_top=False, features=True)
     found = model.predict(images(rng, 64), verbose=0)
+    assert list(found) == ["stride_2", "stride_4", "stride_8", "stride_16", "stride_32"]
     assert {name: value.shape[1:] for name, value in found.items()} == {
         "stride_2": (32, 32, 8),
         "stride_4": (16, 16, 8),

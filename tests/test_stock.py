@@ -97,3 +97,62 @@ def test_a_quantised_model_has_no_such_form(tmp_path):
     with pytest.raises(ValueError, match="model must not be quantised for format='keras'"):
         keras_mnv2.export(quantised, tmp_path / "model.keras", format="keras")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+def test_a_transfer_model_is_taken_over_from_a_file(suffix, rng, tmp_path):
+    source = transfer("nested")
+    source.layers[1].trainable = False
+    source.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy", metrics=["accuracy"])
+    source.save(tmp_path / f"theirs{suffix}")
+    model = keras_mnv2.from_keras(keras.models.load_model(tmp_path / f"theirs{suffix}"))
+    assert model.compiled
+    assert len(model.trainable_weights) == 2
+    x = images(rng)
+    expected = source.predict(x, verbose=0)
+    assert relative_difference(model.predict(x, verbose=0), expected) <= 1e-5
+    # And written and read again, as a model of this package.
+    model.save(tmp_path / f"ours{suffix}")
+    again = keras.models.load_model(tmp_path / f"ours{suffix}")
+    assert [type(layer) for layer in twins.layers_of(again)] == [type(layer) for layer in twins.layers_of(model)]
+    assert len(again.trainable_weights) == 2
+    assert relative_difference(again.predict(x, verbose=0), expected) <= 1e-5
+
+
+def test_some_layers_that_do_not_train_stay_so_when_taken_over():
+    source = transfer("flattened")
+    keras_mnv2.freeze(source, before="block_12", verbose=False)
+    source.get_layer("Conv_1").trainable = False
+    model = keras_mnv2.from_keras(source)
+    assert [layer.trainable for layer in model.layers[1:]] == [layer.trainable for layer in source.layers[1:]]
+    assert [v.path for v in model.trainable_weights] == [v.path for v in source.trainable_weights]
+
+
+FILES = {
+    "compact": {"block": InvertedResidual, "stochastic_depth": 0.2, "include_preprocessing": True},
+    "symmetric": {"padding": "symmetric", "norm_epsilon": 1e-5, "activation": "silu"},
+    "grouped": {"norm_layer": "group_norm", "weights": None, "include_top": False, "pooling": "avg"},
+}
+LOAD_ALL = """
+import sys
+from pathlib import Path
+sys.modules["keras_mnv2"] = None
+import keras, numpy as np
+for path in sorted(Path(sys.argv[1]).glob("*.keras")):
+    model = keras.models.load_model(path)
+    found = model.predict(np.load(path.with_suffix(".x.npy")), verbose=0)
+    expected = np.load(path.with_suffix(".y.npy"))
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max(), path
+"""
+
+
+@once
+def test_files_of_other_forms_load_without_this_package(tmp_path, rng):
+    for name, arguments in FILES.items():
+        model = keras_mnv2.MobileNetV2(twins.SIZE, 0.35, **{"weights": None, "classes": 3, **arguments})
+        x = rng.uniform(0, 255, (2, *twins.SIZE)).astype("float32") if name == "compact" else images(rng)
+        randomise(model, rng, x)
+        keras_mnv2.export(model, tmp_path / f"{name}.keras", format="keras", verbose=False)
+        np.save(tmp_path / f"{name}.x.npy", x)
+        np.save(tmp_path / f"{name}.y.npy", model.predict(x, verbose=0))
+    run_python(LOAD_ALL, "tensorflow", tmp_path)

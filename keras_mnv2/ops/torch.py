@@ -38,7 +38,12 @@ def is_watched(layer):
     """See `keras_mnv2.ops.default.is_watched`. PyTorch has no other way to ask for a module's hooks."""
     return bool(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    ) or bool(_modules._global_forward_hooks or _modules._global_forward_pre_hooks)
+    ) or bool(
+        _modules._global_forward_hooks
+        or _modules._global_forward_pre_hooks
+        or _modules._global_backward_hooks
+        or _modules._global_backward_pre_hooks
+    )
 
 
 def run_later(call):

@@ -72,7 +72,7 @@ class Unit:
             kernel, bias = value_of(conv.kernel), value_of(conv.bias)
         if norm is None:
             y = self.convolve(x, kernel, bias)
-        elif not self.plain_norm or (bias is not None and not training):
+        elif not self.plain_norm or ops.is_watched(norm) or (bias is not None and not training):
             y = norm(self.convolve(x, kernel, bias), training=training)
         elif training and norm.trainable:
             y = normalize_by_batch(norm, self.convolve(x, kernel, bias), self.data_format)

@@ -1,7 +1,7 @@
 """The checks of arguments: each error names the argument, the value, and what is allowed."""
 
-import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +11,20 @@ import numpy as np
 NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
 
 
-def check_positive(name: str, value: Any) -> Any:
-    """`value` as a number of Python; raises `ValueError` unless it is finite and above 0."""
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+def check_positive(name: str, value: Any, most: float = sys.float_info.max) -> Any:
+    """`value` as a number of Python; raises `ValueError` unless it is above 0 and at most `most`."""
+    if not _is_number(value) or not 0 < value <= most:
+        bound = f", and at most {most}" if most != sys.float_info.max else ""
+        raise ValueError(f"{name} must be a finite number above 0{bound}, got {value!r}.")
     return _plain(value)
 
 
-def check_whole(name: str, value: Any, least: int = 1) -> int:
-    """`value` as an integer of Python; raises `ValueError` unless it is whole and at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """`value` as an integer of Python; raises `ValueError` unless it is whole, and from `least` to `most`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):
+        bound = f" and at most {most}" if most is not None else ""
+        raise ValueError(f"{name} must be a whole number of at least {least}{bound}, got {value!r}.")
     return int(value)
 
 

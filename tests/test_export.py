@@ -388,17 +388,39 @@ keras_mnv2.export(model, sys.argv[1], sys.argv[2])
 
 
 @once
-def test_an_interrupted_export_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(number, tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "a.xml"), "openvino"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.iterdir()):
             assert process.poll() is None
             time.sleep(0.1)
         time.sleep(1)  # By then a child is at work.
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) != 0
-        assert "KeyboardInterrupt" in process.stderr.read()
+        process.send_signal(number)
+        assert process.wait(30) == -number
+        assert ("KeyboardInterrupt" in process.stderr.read()) == (number == signal.SIGINT)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["saved_model", "a.onnx"])
+def test_what_got_the_name_meanwhile_is_kept(name, tmp_path):
+    results, scratch = tmp_path / "results", tmp_path / "scratch"
+    for folder in (results, scratch):
+        folder.mkdir()
+
+    def write(path, text):
+        if path.suffix:
+            path.write_text(text)
+        else:
+            path.mkdir()
+            (path / "saved_model.pb").write_text(text)
+
+    write(results / name, "second")
+    write(tmp_path / name, "first")
+    with pytest.raises(ValueError, match=r"path must be new, got .*, which something else has written meanwhile"):
+        sys.modules["keras_mnv2.export"]._move(results, tmp_path / name, scratch, False)
+    path = tmp_path / name
+    assert (path if path.suffix else path / "saved_model.pb").read_text() == "first"
 
 
 def test_a_model_of_two_inputs_is_refused(tmp_path):
@@ -447,17 +469,20 @@ def test_a_move_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     for name in ("a.bin", "a.xml"):
         (results / name).write_text("new")
         (tmp_path / name).write_text("old")
-    rename = Path.rename
 
-    def full(self, target):
-        if self == results / "a.xml":
-            raise OSError("No space left on device")
-        return rename(self, target)
+    def full(move):
+        def moved(source, target):
+            if source == results / "a.xml":
+                raise OSError("No space left on device")
+            return move(source, target)
 
-    monkeypatch.setattr(Path, "rename", full)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", full(Path.rename))
+    monkeypatch.setattr(os, "link", full(os.link))
     with pytest.raises(OSError, match="No space left"):
-        sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch)
+        sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch, True)
     assert [(tmp_path / name).read_text() for name in ("a.bin", "a.xml")] == ["old", "old"]
     monkeypatch.undo()
-    sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch)
+    sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch, True)
     assert [(tmp_path / name).read_text() for name in ("a.bin", "a.xml")] == ["new", "new"]

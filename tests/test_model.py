@@ -142,6 +142,9 @@ def test_what_is_forbidden_is_a_value_error_that_names_it(data):
         ("input_shape", (32, 32)),
         ("input_shape", (32, 32, 0)),
         ("input_shape", (32, 32, None)),
+        ("input_shape", (10**9, 32, 3)),
+        ("input_shape", (32, 32, 10**9)),
+        ("classes", 10**9),
         ("inverted_residual_setting", [(1, 16, 1)]),
         ("inverted_residual_setting", [(1, 16, 1, 3)]),
         ("padding", "valid"),
@@ -169,6 +172,14 @@ def test_a_bad_argument_is_named_with_its_value(argument, value):
         small(**{argument: value})
     shown = {"input_tensor": "str"}.get(argument, str(value))
     assert shown in str(error.value) or isinstance(value, list)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("alpha", 100), ("round_nearest", 10**6), ("classes", 2**28)], ids=lambda v: str(v)
+)
+def test_what_no_machine_holds_is_refused_before_it_is_built(argument, value):
+    with pytest.raises(ValueError, match=rf"{argument}.* must give at most 268,435,456 parameters, got [\d,]+\."):
+        keras_mnv2.MobileNetV2((32, 32, 3), weights=None, **{argument: value})
 
 
 def test_features_must_be_known_and_without_top():

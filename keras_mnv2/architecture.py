@@ -145,8 +145,9 @@ def plan(
     stem_stride = check_choice("stem_stride", stem_stride, (1, 2))
     output_stride = check_choice("output_stride", output_stride, (8, 16, 32))
     stages = _stages(inverted_residual_setting)
+    fixed = (0, len(stages) - 1) if fix_stem_head else ()
     repeats = [
-        stage.repeats if fix_stem_head and index in (0, len(stages) - 1) else math.ceil(stage.repeats * depth_multiplier)
+        stage.repeats if index in fixed else math.ceil(stage.repeats * depth_multiplier)
         for index, stage in enumerate(stages)
     ]
     if sum(repeats) > MOST_BLOCKS:

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.conftest import ONCE, once
+from tests.conftest import ONCE
 from tests.helpers import randomise, relative_difference
 from training import benchmark, contenders, exports, peers, report, turns
 from training.contenders import PEERS
@@ -21,7 +21,7 @@ PEERS_HERE = {"tensorflow": ["litert"], "jax": ["openvino", "onnxruntime"], "tor
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@once
+@pytest.mark.slow
 def test_the_command_measures_and_leaves_table_json_and_chart(tmp_path):
     arguments = ["--against", "keras.applications", "--mode", *MODES, "--batch", "2", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "training.benchmark", *TINY, *arguments]

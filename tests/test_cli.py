@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 import keras_mnv2
 from keras_mnv2.cli import _scoring, main
-from tests.conftest import once
+from tests.conftest import once, once_on
 from tests.helpers import randomise
 
 
@@ -60,6 +60,7 @@ def test_predict(files, capsys):
     assert len(lines) == 7
 
 
+@once_on("tensorflow")
 def test_evaluate(files, capsys, tmp_path):
     folder, model = files
     pixels = {name: keras_mnv2.resize_and_crop(folder / f"{name}.jpg") for name in ("china", "flower")}
@@ -112,6 +113,7 @@ def test_a_whole_model_of_other_classes(capsys, tmp_path):
     assert "as many class folders as the model has classes, 2, got 3" in err
 
 
+@once_on("tensorflow")
 def test_logits_become_probabilities(files, capsys, tmp_path):
     folder, _ = files
     model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3, classifier_activation=None)
@@ -130,6 +132,7 @@ def test_logits_become_probabilities(files, capsys, tmp_path):
     ]
 
 
+@once_on("tensorflow")
 def test_the_background_shifts_the_names(files, capsys, tmp_path):
     folder, _ = files
     model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=1001)
@@ -148,6 +151,7 @@ def test_the_background_shifts_the_names(files, capsys, tmp_path):
     assert (status, found["images"], found["top1"]) == (0, 2, 50)
 
 
+@once_on("tensorflow")
 def test_channels_first_models_are_fed_so(files, tmp_path):
     folder, _ = files
     last = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=4, include_preprocessing=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.conftest import once
+from tests.conftest import once_on
 from tests.helpers import note
 from training import engines, train
 from training.workers import LOST
@@ -43,7 +43,7 @@ def assert_as_one(folder, alone, how):
             assert float(row[name]) == pytest.approx(float(value), abs=1e-4), name
 
 
-@once
+@once_on("tensorflow")
 def test_half_the_batch_alone_gives_other_weights(dataset, alone, tmp_path):
     train.run(runs.settings(dataset, tmp_path / "run", batch_size=32))
     assert runs.difference(runs.outcome(tmp_path / "run"), alone) > 1e-2
@@ -57,6 +57,7 @@ def test_two_processes_train_as_one(dataset, alone, tmp_path):
     assert_as_one(tmp_path / "run", alone, "processes")
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one(dataset, alone, tmp_path):
     process = runs.start("training", runs.flags(dataset, tmp_path / "run", devices=2), BACKEND)
     if BACKEND == "torch":

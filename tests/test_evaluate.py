@@ -222,6 +222,7 @@ def test_all_images_of_a_folder_without_parts(saved, photographs):
         evaluate.evaluate(saved, str(photographs), split="all")
 
 
+@once
 def test_a_file_of_weights(tmp_path):
     built = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)
     keras_mnv2.save_weights(built, tmp_path / "tiny.h5")
@@ -238,6 +239,7 @@ def test_a_file_of_weights(tmp_path):
         evaluate.evaluate(tmp_path / "no_top.h5", str(tmp_path / "noise.npz"), image_size=32, alpha=0.35)
 
 
+@once
 def test_the_background_of_1001_classes_is_dropped(tmp_path, monkeypatch):
     x, y = np.zeros((4, 32, 32, 3), "uint8"), np.array([0, 1, 2, 999])
     np.savez(

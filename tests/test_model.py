@@ -19,6 +19,9 @@ def small(**arguments):
     )
 
 
+FEW = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 1, 2)]
+
+
 def images(rng, size=32, channels=3):
     return rng.uniform(-1, 1, (2, size, size, channels)).astype("float32")
 
@@ -256,10 +259,10 @@ def test_output_stride_computes_what_the_strides_skip(rng):
 
 
 def test_a_dynamic_model_takes_every_size(rng):
-    dynamic = small(input_shape=(None, None, 3))
+    dynamic = small(input_shape=(None, None, 3), inverted_residual_setting=FEW)
     randomise(dynamic, rng)
     for size in (32, 45, 64):
-        static = small(input_shape=(size, size, 3))
+        static = small(input_shape=(size, size, 3), inverted_residual_setting=FEW)
         static.set_weights(dynamic.get_weights())
         x = images(rng, size)
         assert relative_difference(dynamic.predict(x, verbose=0), static.predict(x, verbose=0)) <= 1e-5
@@ -267,8 +270,8 @@ def test_a_dynamic_model_takes_every_size(rng):
 
 @pytest.mark.parametrize("padding", ["same", pytest.param("symmetric", marks=pytest.mark.slow)])
 def test_channels_first_gives_the_numbers_of_channels_last(padding, rng):
-    last = small(padding=padding, data_format="channels_last")
-    first = small(padding=padding, input_shape=(3, 32, 32), data_format="channels_first")
+    last = small(padding=padding, data_format="channels_last", inverted_residual_setting=FEW)
+    first = small(padding=padding, input_shape=(3, 32, 32), data_format="channels_first", inverted_residual_setting=FEW)
     randomise(last, rng)
     first.set_weights(last.get_weights())
     x = images(rng)
@@ -280,7 +283,7 @@ def test_channels_first_gives_the_numbers_of_channels_last(padding, rng):
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_computes_low_and_ends_in_float32(policy, rng):
-    exact, low = small(), small(dtype=policy)
+    exact, low = small(inverted_residual_setting=FEW), small(dtype=policy, inverted_residual_setting=FEW)
     low.set_weights(exact.get_weights())
     assert low.get_layer("block_3_expand").compute_dtype == policy.removeprefix("mixed_")
     assert {w.dtype for w in low.weights} == {"float32"}
@@ -293,7 +296,8 @@ def test_mixed_precision_computes_low_and_ends_in_float32(policy, rng):
 
 
 def test_include_preprocessing_takes_raw_pixels(rng):
-    raw, scaled = small(include_preprocessing=True), small()
+    scaled = small(inverted_residual_setting=FEW)
+    raw = small(include_preprocessing=True, inverted_residual_setting=FEW)
     raw.set_weights(scaled.get_weights())
     x = rng.integers(0, 256, (2, 32, 32, 3)).astype("uint8")
     prepared = keras.ops.convert_to_numpy(keras_mnv2.preprocess_input(x))
@@ -312,21 +316,21 @@ def test_another_block_is_used_everywhere(rng):
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
 def test_weights_come_from_a_file_of_this_package(suffix, tmp_path, rng):
-    model = small()
+    model = small(inverted_residual_setting=FEW)
     path = tmp_path / f"model{suffix}"
     model.save(path) if suffix == ".keras" else model.save_weights(path)
     x = images(rng)
-    found = small(weights=path).predict(x, verbose=0)
+    found = small(weights=path, inverted_residual_setting=FEW).predict(x, verbose=0)
     assert np.array_equal(found, model.predict(x, verbose=0))
     with pytest.raises(ValueError, match=r"shape|weight"):
-        small(weights=path, alpha=1.0)
+        small(weights=path, alpha=1.0, inverted_residual_setting=FEW)
 
 
 def test_fit_learns_and_validates_in_its_first_epochs(rng):
     labels = rng.integers(0, 2, 256)
     x = rng.normal(0, 0.3, (256, 32, 32, 3)).astype("float32")
     x[labels == 1, ::2] += 1
-    model = small(classes=2)
+    model = small(classes=2, inverted_residual_setting=FEW)
     model.compile(keras.optimizers.Adam(5e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
     history = model.fit(x, labels, batch_size=16, epochs=6, validation_split=0.25, verbose=0)
     assert max(history.history["val_accuracy"]) >= 0.95

@@ -1,7 +1,8 @@
 """The operations on TensorFlow: its own padding, bias and batch norm kernels.
 
-Channels-first images are transposed on a CPU, where TensorFlow has a kernel for them only with oneDNN, which it takes by
-itself on some processors alone. Dilations go through `keras.ops`. `jit_compile=True` is never used on a CPU: XLA's depthwise convolution is ten times slower there.
+Channels-first images are transposed on a CPU, where TensorFlow has a kernel for them only with oneDNN, which it takes
+by itself on some processors alone. Dilations go through `keras.ops`. `jit_compile=True` is never used on a CPU: XLA's
+depthwise convolution is ten times slower there.
 """
 
 import tensorflow as tf

@@ -252,11 +252,10 @@ def test_the_lock_of_a_folder_that_was_moved_stays_with_it(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(OSError, match=r"could not be written: Not a directory\.$"),
-        lock.held(tmp_path / "file" / "run"),
-    ):
-        raise AssertionError("taken")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for path, why in (("file/run", "Not a directory"), ("file", "File exists"), ("nowhere", "File exists")):
+        with pytest.raises(OSError, match=f"could not be written: {why}"), lock.held(tmp_path / path):
+            raise AssertionError("taken")
 
 
 def test_a_process_is_told_by_when_it_started():

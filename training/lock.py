@@ -1,6 +1,7 @@
 """The lock of a run folder: one process at a time has it."""
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ except ImportError:  # On Windows.
 
 NAME = "run.lock"
 FILE_BYTES = 1024
+MOST_ATTEMPTS = 1000
 # Where the file system has no locks: of several that write their names at once, the last one has the folder.
 SETTLE_SECONDS = 0.5
 
@@ -136,12 +138,15 @@ def _take(path, own):
 
 def _open(path):
     """A descriptor of the file, and whether it has the operating system's lock."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in itertools.count(1):
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except FileNotFoundError:
-            continue  # The one before has just removed the folder.
+        except (FileExistsError, FileNotFoundError):
+            # The one before may just have removed the folder.
+            if attempt < MOST_ATTEMPTS:
+                continue
+            raise
         try:
             if fcntl is None:
                 return descriptor, False

@@ -1,11 +1,13 @@
 import errno
 import io
+import json
 import os
 import pickle
 
 import keras
 import numpy as np
 import pytest
+import safetensors
 
 from training import checkpoints
 from training.checkpoints import Checkpoint, Folder
@@ -75,6 +77,73 @@ def test_a_damaged_checkpoint_is_never_taken_for_whole(rng):
             Checkpoint.decode(bytes(damaged))
 
 
+def hashed(header, data=b""):
+    """A safetensors file with this header, and the right hash of it."""
+    header = {"__metadata__": {"blake2b": "0" * checkpoints.HASH_LENGTH, **header.pop("__metadata__", {})}, **header}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    content = len(text).to_bytes(8, "little") + text + data
+    before, after = checkpoints._around_hash(content)
+    return bytes(before) + checkpoints._hash(before, after) + bytes(after)
+
+
+WHOLE = {"format": "2", "place": "{}"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"__metadata__": {"place": "{}"}},
+        {"__metadata__": {"format": "2"}},
+        {"__metadata__": {**WHOLE, "place": "{"}},
+        {"__metadata__": WHOLE, "weights/0000": {}},
+        {"__metadata__": WHOLE, "weights/0000": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
+        {"__metadata__": WHOLE, "weights/0000": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}},
+        {"__metadata__": WHOLE, "weights/0000": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}},
+        {"__metadata__": WHOLE, "weights/0000": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
+    ],
+    ids=["format", "place", "no JSON", "nothing", "more", "much more", "another size", "unknown"],
+)
+def test_a_checkpoint_that_lacks_something_or_claims_more_than_it_holds_is_damaged(header):
+    with pytest.raises(ValueError, match=r"^no whole checkpoint$"):
+        Checkpoint.decode(hashed(header, b"1234"))
+
+
+def test_the_helper_above_writes_checkpoints():
+    array = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    found = Checkpoint.decode(hashed({"__metadata__": WHOLE, "weights/0000": array}, np.float32(2).tobytes()))
+    assert_equal(found, Checkpoint({"weights/0000": np.array([2], "float32")}, {}))
+
+
+def test_arrays_of_each_kind_come_back(rng):
+    arrays = {
+        "turned": rng.normal(size=(3, 4)).T,
+        "every second": np.arange(10)[::2],
+        "single": np.array(3.5, "float16"),
+        "empty": np.zeros((0, 4), "uint8"),
+        "big end first": np.arange(3, dtype=">i4"),
+        "bool": np.array([True, False]),
+    }
+    found = Checkpoint.decode(Checkpoint(arrays, {}).encode()).arrays
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype.newbyteorder("=")
+        assert found[name].shape == array.shape
+
+
+def test_any_tool_reads_a_checkpoint(tmp_path):
+    path = Folder(tmp_path / "checkpoints").write(small_checkpoint())
+    with safetensors.safe_open(path, "numpy") as file:
+        np.testing.assert_array_equal(file.get_tensor("weights/0000"), small_checkpoint().arrays["weights/0000"])
+        metadata = file.metadata()
+    assert metadata["format"] == "2"
+    assert json.loads(metadata["place"]) == small_checkpoint().place
+
+
+def test_a_text_that_looks_like_the_hash_is_none():
+    state = Checkpoint({}, {"a": checkpoints.HASH_MARK.decode() + "0" * checkpoints.HASH_LENGTH})
+    assert_equal(Checkpoint.decode(state.encode()), state)
+
+
 def test_a_checkpoint_is_never_executed(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -83,8 +152,8 @@ def test_a_checkpoint_is_never_executed(tmp_path):
     buffer = io.BytesIO()
     np.savez(buffer, place=np.array([Evil()], dtype=object))
     for content in (buffer.getvalue(), pickle.dumps(Evil())):
-        with pytest.raises(ValueError, match="pickle"):
-            Checkpoint.decode(checkpoints._hash(content) + content)
+        with pytest.raises(ValueError, match="no whole checkpoint"):
+            Checkpoint.decode(content)
     assert not (tmp_path / "made").exists()
 
 
@@ -95,15 +164,60 @@ def test_the_last_few_are_kept_and_a_torn_one_falls_back(tmp_path, capsys):
         folder.write(Checkpoint({}, {"epoch": epoch}))
     assert folder.numbers() == [3, 4, 5]
     newest = folder.file(5)
-    newest.write_bytes(newest.read_bytes()[:100])
+    torn = newest.read_bytes()[:100]
+    newest.write_bytes(torn)
     folder.file(4).write_bytes(b"")
     assert folder.newest().place == {"epoch": 2}
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in told] == [str(newest), str(folder.file(4))]
     assert all("the one before is taken" in line for line in told)
-    # What is written next is newer than what was damaged.
-    folder.write(Checkpoint({}, {"epoch": 9}))
+    # It is kept, and what is written next is newer.
+    assert (folder.path / "00000005.damaged").read_bytes() == torn
+    for epoch in range(6, 10):
+        folder.write(Checkpoint({}, {"epoch": epoch}))
+    assert folder.numbers() == [7, 8, 9]
     assert folder.newest().place == {"epoch": 9}
+    folder.remove()
+    assert sorted(path.name for path in folder.path.iterdir()) == ["00000004.damaged", "00000005.damaged"]
+
+
+def test_the_checkpoints_of_other_versions_are_passed_over_and_kept(tmp_path, capsys, monkeypatch):
+    folder = Folder(tmp_path / "checkpoints", keep=1)
+    folder.path.mkdir()
+    old = folder.path / "00000003.checkpoint"
+    old.write_bytes(b"of an earlier version")
+    assert folder.newest() is None
+    assert capsys.readouterr().out == (
+        f"{old} is written by another version of keras_mnv2 (format 1, this one reads 2): it is passed over, and kept\n"
+    )
+    folder.write(Checkpoint({}, {"epoch": 0}))
+    new = folder.path / "00000005.v3.safetensors"
+    new.write_bytes(b"of a later version")
+    folder.write(Checkpoint({}, {"epoch": 1}))
+    folder.write(Checkpoint({}, {"epoch": 2}))
+    assert folder.numbers() == [7]
+    assert folder.newest().place == {"epoch": 2}
+    assert "(format 3, this one reads 2)" in capsys.readouterr().out
+    folder.remove()
+    assert sorted(folder.path.iterdir()) == [old, new]
+    assert old.read_bytes() == b"of an earlier version"
+
+
+def test_a_checkpoint_of_another_format_under_this_ones_name_is_kept(tmp_path, capsys):
+    folder = Folder(tmp_path / "checkpoints")
+    folder.path.mkdir()
+    content = hashed({"__metadata__": {**WHOLE, "format": "3"}})
+    folder.file(1).write_bytes(content)
+    assert folder.newest() is None
+    assert "is no checkpoint of this version" in capsys.readouterr().out
+    assert (folder.path / "00000001.damaged").read_bytes() == content
+
+
+def test_nothing_is_left_of_a_complete_run(tmp_path):
+    folder = Folder(tmp_path / "checkpoints")
+    folder.remove()
+    folder.write(small_checkpoint())
+    folder.write_beside(folder.path / "train_features_00000000", small_checkpoint())
     folder.remove()
     assert not folder.path.exists()
 
@@ -116,10 +230,10 @@ def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"00000002\.checkpoint could not be written: No space left on device\.$"):
+    with pytest.raises(OSError, match=r"00000002\.v2\.safetensors could not be written: No space left on device\.$"):
         folder.write(Checkpoint({}, {"epoch": 1}))
     monkeypatch.undo()
-    assert [path.name for path in folder.path.iterdir()] == ["00000001.checkpoint"]
+    assert [path.name for path in folder.path.iterdir()] == ["00000001.v2.safetensors"]
     assert folder.newest().place == {"epoch": 0}
 
 

@@ -317,7 +317,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(dataset, uninterrupt
     assert "could not be written: No space left on device." in done.stderr
     listed = done.stdout.partition("== code 1")[2].partition("Goes on")[0]
     assert "part_" not in listed
-    assert ".checkpoint" in listed
+    assert ".safetensors" in listed
     assert done.returncode == 0, done.stderr
     runs.assert_same(runs.outcome(out), uninterrupted)
 

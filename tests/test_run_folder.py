@@ -3,13 +3,14 @@ import json
 import shutil
 import signal
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests import runs
 from tests.conftest import once
-from training import data, engines, run_folder, train
+from training import data, engines, lock, run_folder, train
 from training.config import Config
 from training.recipes import digits
 from training.stopping import Stop, Stopped
@@ -106,6 +107,61 @@ def test_a_data_set_that_has_changed_is_refused(change, folder):
     with pytest.raises(ValueError, match=f"dataset must be what it was when the run stopped: the {message}"):
         train.run(settings(folder, resume=True))
     assert contents(folder / "run") == before
+
+
+def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(folder):
+    with lock.held(folder / "run"):
+        before = contents(folder)
+        with pytest.raises(ValueError, match=r"but .*run is held by process"):
+            train.run(settings(folder, resume=True))
+        assert contents(folder) == before
+
+
+def test_a_run_that_another_process_has_just_completed_is_not_started_anew(folder, monkeypatch):
+    looks = iter([None, {"test_accuracy": 1.0}])
+    monkeypatch.setattr(run_folder, "look", lambda config: next(looks))
+    before = contents(folder)
+    with pytest.raises(ValueError, match="has just been completed by another process"):
+        train.run(settings(folder, resume=True))
+    assert contents(folder) == before
+
+
+def test_a_folder_with_nothing_but_a_lock_is_empty(tmp_path):
+    (tmp_path / lock.NAME).write_text("")
+    assert run_folder.look(runs.settings("digits", tmp_path)) is None
+
+
+def test_runs_that_start_within_a_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "now")
+    name = f"digits-{keras.backend.backend()}-now"
+    with run_folder.claimed(digits.CONFIG) as first, run_folder.claimed(digits.CONFIG) as second:
+        assert [str(one.run_dir) for one in (first, second)] == [f"runs/{name}", f"runs/{name}-2"]
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("{}.checkpoint", r"written by another version of keras_mnv2 \(format 1, this one reads 2\)"),
+        ("{}.v9.safetensors", r"written by another version of keras_mnv2 \(format 9, this one reads 2\)"),
+        (None, "damaged"),
+    ],
+)
+def test_a_run_without_a_checkpoint_that_can_be_read_is_not_started_anew(name, why, folder):
+    for path in (folder / "run" / "checkpoints").iterdir():
+        if name is None:
+            path.write_bytes(b"torn")
+        else:
+            path.rename(path.with_name(name.format(path.name.partition(".")[0])))
+    before = contents(folder)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"no checkpoint that the run .*, since .* is {why}: ") as caught:
+            train.run(settings(folder, resume=True))
+        assert "\n" not in str(caught.value)
+        after = contents(folder)
+        assert sorted(after.values()) == sorted(before.values())
+        assert name is None or after == before
 
 
 @once

@@ -1,11 +1,10 @@
 """Checkpoints of a run: everything that the next step depends on, in one file that any backend reads."""
 
+import contextlib
 import hashlib
-import io
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,21 @@ from typing import Any
 
 import keras
 import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
 
 from training import files
 
-FORMAT = 1
+FORMAT = 2
+# Of the name of a file of this format. A name that has another format's belongs to another version of this package.
+SUFFIX = f".v{FORMAT}.safetensors"
+DAMAGED = ".damaged"
+FORMAT_1 = ".checkpoint"
+NUMBERED = re.compile(r"(\d{8})(\.v\d+\.safetensors|\.damaged|\.checkpoint)")
+# In the file's header, where no text can hold it: JSON puts a backslash before each quote of a text.
+HASH_MARK = b'"blake2b":"'
 HASH_BYTES = 16
-NAME = re.compile(r"(\d{8})\.checkpoint")
+HASH_LENGTH = 2 * HASH_BYTES
 
 
 @dataclass
@@ -38,14 +46,13 @@ class Checkpoint:
         return [array for key, array in sorted(self.arrays.items()) if key.startswith(f"{name}/")]
 
     def encode(self) -> bytes:
-        """As bytes: a BLAKE2b hash of 16 bytes, and the `.npz` file of which it is."""
-        buffer = io.BytesIO(bytes(HASH_BYTES))
-        buffer.seek(HASH_BYTES)
-        place = np.frombuffer(json.dumps(self.place | {"format": FORMAT}).encode(), "uint8")
-        np.savez(buffer, place=place, **self.arrays)
-        with buffer.getbuffer() as content:
-            content[:HASH_BYTES] = _hash(content[HASH_BYTES:])
-        return buffer.getvalue()
+        """As the bytes of a safetensors file, whose metadata hold the place, the format, and a hash of all the rest."""
+        metadata = {"format": str(FORMAT), "place": json.dumps(self.place), "blake2b": "0" * HASH_LENGTH}
+        # Dense: safetensors writes what lies in memory from the first number on.
+        arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
+        content = safetensors.numpy.save(arrays, metadata)
+        before, after = _around_hash(content)
+        return b"".join([before, _hash(before, after), after])
 
     @classmethod
     def decode(cls, content: bytes) -> "Checkpoint":
@@ -54,18 +61,31 @@ class Checkpoint:
         Raises:
             ValueError: on anything else, cut off or changed.
         """
-        if _hash(content[HASH_BYTES:]) != content[:HASH_BYTES]:
+        before, after = _around_hash(content)
+        if content[len(before) : len(before) + HASH_LENGTH] != _hash(before, after):
             raise ValueError("no whole checkpoint")
-        with np.load(io.BytesIO(content[HASH_BYTES:]), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        place = json.loads(arrays.pop("place").tobytes())
-        if place.pop("format") != FORMAT:
+        try:
+            metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+            written, place = metadata["format"], json.loads(metadata["place"])
+            arrays = safetensors.numpy.load(content)
+        except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            raise ValueError("no whole checkpoint") from error
+        if written != str(FORMAT) or not isinstance(place, dict):
             raise ValueError("no checkpoint of this version")
         return cls(arrays, place)
 
 
-def _hash(content):
-    return hashlib.blake2b(content, digest_size=HASH_BYTES).digest()
+def _around_hash(content):
+    """What lies before the hash and after it."""
+    start = content.find(HASH_MARK) + len(HASH_MARK)
+    view = memoryview(content)
+    return view[:start], view[start + HASH_LENGTH :]
+
+
+def _hash(before, after):
+    digest = hashlib.blake2b(before, digest_size=HASH_BYTES)
+    digest.update(after)
+    return digest.hexdigest().encode()
 
 
 def take(model: keras.Model, metrics: Sequence[keras.Variable], place: dict[str, Any]) -> Checkpoint:
@@ -121,7 +141,10 @@ def _variables(model):
 
 
 class Folder:
-    """The checkpoints of a run, `00000001.checkpoint` and so on; the last few are kept.
+    """The checkpoints of a run, `00000001.v2.safetensors` and so on; the last few are kept.
+
+    What is damaged gets a name that says so. That, and the checkpoints of other versions of this package, are neither
+    read nor removed, and no checkpoint gets a number of theirs.
 
     Args:
         path: of the folder, which is made with the first checkpoint.
@@ -136,12 +159,19 @@ class Folder:
 
     def numbers(self) -> list[int]:
         """Of the checkpoints that are there, the oldest first."""
-        names = os.listdir(self.path) if self.path.is_dir() else ()
-        return sorted(int(match[1]) for name in names if (match := NAME.fullmatch(name)))
+        return [number for number, suffix in self._numbered() if suffix == SUFFIX]
 
     def file(self, number: int) -> Path:
         """Where a checkpoint lies."""
-        return self.path / f"{number:08d}.checkpoint"
+        return self.path / f"{number:08d}{SUFFIX}"
+
+    def passed_over(self) -> dict[Path, str]:
+        """The files that `newest` does not take, the oldest first, and what each is."""
+        return {
+            self.path / f"{number:08d}{suffix}": _foreign(suffix)
+            for number, suffix in self._numbered()
+            if suffix != SUFFIX
+        }
 
     def write(self, checkpoint: Checkpoint) -> Path:
         """Writes a checkpoint, and removes the oldest.
@@ -149,8 +179,8 @@ class Folder:
         Raises:
             OSError: where that fails; the checkpoints are as before.
         """
+        path = self.file(max((number for number, _ in self._numbered()), default=0) + 1)
         numbers = self.numbers()
-        path = self.file((numbers[-1] if numbers else 0) + 1)
         self.write_beside(path, checkpoint)
         for number in numbers[: max(0, len(numbers) + 1 - self.keep)]:
             self.file(number).unlink(missing_ok=True)
@@ -164,16 +194,37 @@ class Folder:
         files.write(path, checkpoint.encode())
 
     def remove(self) -> None:
-        """Removes all checkpoints: the run is complete."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes all checkpoints and what lies beside them, but for what `newest` passes over: the run is complete."""
+        kept = self.passed_over()
+        with contextlib.suppress(OSError):
+            for path in self.path.iterdir():
+                if path not in kept:
+                    path.unlink()
+            self.path.rmdir()
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; None where there is none. One that is damaged is named and removed."""
+        """The newest checkpoint that is whole; None where there is none. What is passed over is named."""
+        for path, what in self.passed_over().items():
+            print(f"{path} is {what}: it is passed over, and kept", flush=True)
         for number in reversed(self.numbers()):
             path = self.file(number)
             try:
                 return Checkpoint.decode(path.read_bytes())
             except ValueError as error:
-                print(f"{path} is {error}: the one before is taken", flush=True)
-                path.unlink()
+                kept = path.with_name(f"{number:08d}{DAMAGED}")
+                print(f"{path} is {error}: the one before is taken, and this one kept as {kept.name}", flush=True)
+                with files.told(kept):
+                    path.rename(kept)
         return None
+
+    def _numbered(self):
+        """Numbers and suffixes of everything that is or was a checkpoint, sorted."""
+        names = os.listdir(self.path) if self.path.is_dir() else ()
+        return sorted((int(match[1]), match[2]) for name in names if (match := NUMBERED.fullmatch(name)))
+
+
+def _foreign(suffix):
+    if suffix == DAMAGED:
+        return "damaged"
+    written = "1" if suffix == FORMAT_1 else suffix.removeprefix(".v").removesuffix(".safetensors")
+    return f"written by another version of keras_mnv2 (format {written}, this one reads {FORMAT})"

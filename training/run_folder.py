@@ -1,15 +1,17 @@
 """A run and its folder: new, or that of a run that goes on."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from training import checkpoints, files
+from training import checkpoints, files, lock
 from training.checkpoints import Checkpoint
 from training.config import Config
 from training.data import Dataset
@@ -83,7 +85,7 @@ def look(config: Config) -> dict[str, Any] | None:
     path = config.run_dir
     if config.resume and path is None:
         raise ValueError("resume needs run_dir, the folder of the run that goes on.")
-    if path is None or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if path is None or not path.exists() or (path.is_dir() and {part.name for part in path.iterdir()} <= {lock.NAME}):
         return None
     if not config.resume:
         raise ValueError(f"run_dir must be a new or empty folder, or resume given to go on in it, got {str(path)!r}.")
@@ -103,26 +105,59 @@ def look(config: Config) -> dict[str, Any] | None:
     return None
 
 
-def open_run(config: Config, engine: Engine, workers: Workers, stop: Stop, dataset: Dataset) -> Run:
-    """Makes the run folder with its `config.json`, or reads its last checkpoint.
+@contextlib.contextmanager
+def claimed(config: Config) -> Iterator[Config]:
+    """Holds the run folder, for this process alone; without `run_dir` a new one under `runs/`.
+
+    Yields:
+        The settings, with the folder as their `run_dir`.
 
     Raises:
-        ValueError: where the data set has changed since, or differs between the workers.
-        OSError: where the folder cannot be made.
+        ValueError: where another run holds it, or has made another thing of it since `look`.
+        OSError: where it cannot be made.
+    """
+    path = config.run_dir or _new_folder(config)
+    config = dataclasses.replace(config, run_dir=path)
+    with lock.held(path):
+        if look(config) is not None:
+            raise ValueError(f"The run in {path} has just been completed by another process.")
+        yield config
+
+
+def _new_folder(config):
+    first = Path("runs") / f"{config.recipe}-{keras.backend.backend()}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for path in itertools.chain([first], (first.with_name(f"{first.name}-{i}") for i in itertools.count(2))):
+        # Another run may have started within the same second.
+        with files.told(path), contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+
+
+def open_run(config: Config, engine: Engine, workers: Workers, stop: Stop, dataset: Dataset) -> Run:
+    """Gives the run folder, which the first process holds, its `config.json`, or reads its last checkpoint.
+
+    Raises:
+        ValueError: where the data set has changed since, or differs between the workers, or where there are checkpoints
+            but none that can be read.
+        OSError: where the folder cannot be written.
     """
     fingerprint = dataset.fingerprint()
     for number, part in enumerate(workers.gather(json.dumps(fingerprint).encode())):
         if told := _difference(fingerprint, json.loads(part)):
             raise ValueError(f"dataset must be the same for all workers: for worker {number} {told}.")
-    name = f"{config.recipe}-{keras.backend.backend()}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = config.run_dir or Path("runs") / name
+    path = config.run_dir or Path("runs")  # Without a name only in the others, which do not write.
     run = Run(config, path, engine, workers, stop, checkpoints.Folder(path / "checkpoints", config.keep_checkpoints))
     run.fingerprint = fingerprint
     found = None
     if workers.main:
-        with files.told(path):
-            path.mkdir(parents=True, exist_ok=True)
         found = run.folder.newest()
+        left = run.folder.passed_over()
+        if found is None and left:
+            file, what = list(left.items())[-1]
+            raise ValueError(
+                f"There is no checkpoint that the run in {path} can go on from, since {file} is {what}: "
+                "go on with what can read it, or give another run_dir to start anew."
+            )
         if found is None:
             write_json(path / "config.json", dataclasses.asdict(config) | {"run_dir": str(path)})
         elif told := _difference(found.place["fingerprint"], fingerprint):

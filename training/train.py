@@ -52,7 +52,7 @@ def run(config: Config, command: str = "") -> dict:
 
     Raises:
         ValueError: on an unfit configuration, a run folder that is not empty or another run's, a data set that has
-            changed since, or a loss that is no number any more.
+            changed since, another run that is in the run folder, or a loss that is no number any more.
         ImportError: where a package is missing that a later part needs; before the training starts.
         OSError: where the run folder cannot be written.
         Stopped: where a signal asked for the end.
@@ -85,6 +85,12 @@ def run_with(config: Config, command: str, engine: Engine, workers: Workers, sto
     if workers.agree(complete is not None):
         print(f"The run in {config.run_dir} is complete.", flush=True)
         return complete or {}
+    with run_folder.claimed(config) if workers.main else contextlib.nullcontext(config) as claimed:
+        return run_in_folder(claimed, command, engine, workers, stop)
+
+
+def run_in_folder(config: Config, command: str, engine: Engine, workers: Workers, stop: Stop) -> dict:
+    """The run in the folder that its first process holds."""
     keras.utils.set_random_seed(config.seed)
     dataset = data.load(config.dataset, config.image_size, config.data_dir, config.held_out)
     classes = len(dataset.class_names)

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 import keras_mnv2
+from training import checkpoints
 from training.batches import Batches, read_scores
 from training.checkpoints import Checkpoint
 from training.run_folder import Run
@@ -69,7 +70,7 @@ def features_of(
     vectors, labels = [], []
     for start in range(0, len(batches), at_once):
         run.stop.check()
-        path = run.folder.path / f"{name}_features_{start:08d}"
+        path = run.folder.path / f"{name}_features_{start:08d}{checkpoints.SUFFIX}"
         part = _kept_part(run, path) if run.workers.main else None
         if not run.workers.agree(part is not None):
             x, y = read_scores(predict, batches, run.workers, start, min(start + at_once, len(batches)))
@@ -91,7 +92,7 @@ def _kept_part(run, path):
         part = Checkpoint.decode(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return part if part.place["fingerprint"] == run.fingerprint else None
+    return part if part.place.get("fingerprint") == run.fingerprint else None
 
 
 def _train_classifier(config, train, validation, class_weight):

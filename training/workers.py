@@ -1,9 +1,11 @@
 """What the processes of a run tell each other beside the training: to stop, what was found, and that one is gone."""
 
 import contextlib
+import ipaddress
 import os
 import queue
 import secrets
+import selectors
 import socket
 import struct
 import sys
@@ -14,7 +16,12 @@ from typing import Any
 import numpy as np
 
 CONNECT_SECONDS = 60
+# A worker says who it is as soon as it is connected.
+GREETING_SECONDS = 5
 TOKEN_BYTES = 16
+GREETING_BYTES = TOKEN_BYTES + 4  # And the number of the worker.
+# Of those who have not said it yet; beyond, the oldest is let go.
+MOST_STRANGERS = 100
 # Of a process that ends because another one has ended.
 LOST = 76
 
@@ -139,7 +146,7 @@ def connect(number: int, of: int, host: str, exchange: Any) -> Workers:
     # Whoever else connects does not know the token.
     token, listener, port = secrets.token_bytes(TOKEN_BYTES), None, 0
     if number == 0:
-        listener = socket.create_server(("", 0), backlog=of)
+        listener = _listen(host)
         port = listener.getsockname()[1]
     told = exchange(np.frombuffer(struct.pack("<i", port) + token, "<i4"))
     (port,), token = struct.unpack("<i", told[:1].tobytes()), told[1:].tobytes()
@@ -147,32 +154,91 @@ def connect(number: int, of: int, host: str, exchange: Any) -> Workers:
         connection = _reach(host, port)
         connection.sendall(token + struct.pack("<i", number))
         return Workers(number, of, {0: _kept_alive(connection)})
-    connections: dict[int, socket.socket] = {}
-    listener.settimeout(CONNECT_SECONDS)
+    return Workers(number, of, _greet(listener, of, token))
+
+
+def _listen(host):
+    """Where the other workers come from: at the address of `host`, or at all where that cannot be told."""
+    with contextlib.suppress(OSError):
+        # IPv4 first: the others may have no IPv6, and try each address of the name.
+        found = sorted(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM), key=lambda one: one[0] != socket.AF_INET)
+        family, *_, address = found[0]
+        # Some machines know their own name as a loopback address, and the others know it as another one.
+        if not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback or _is_loopback(host):
+            return socket.create_server(address, family=family)
+    return socket.create_server(("", 0))
+
+
+def _is_loopback(host):
     try:
-        while len(connections) < of - 1:
-            connection, _ = listener.accept()
-            connection.settimeout(CONNECT_SECONDS)
-            try:
-                greeting = _read(connection, TOKEN_BYTES + 4)
-            except OSError:
-                continue
-            if secrets.compare_digest(greeting[:TOKEN_BYTES], token):
-                connections[struct.unpack("<i", greeting[TOKEN_BYTES:])[0]] = _kept_alive(connection)
-    except TimeoutError:
-        raise ConnectionError(f"{of - 1 - len(connections)} of {of} workers did not connect in a minute.") from None
-    finally:
-        listener.close()
-    return Workers(number, of, connections)
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _greet(listener, of, token):
+    """The connections of the other workers by their numbers. None waits for another one, or for a stranger."""
+    connections: dict[int, socket.socket] = {}
+    said: dict[Any, bytes] = {}  # Of those who have not greeted yet, the oldest first.
+    until: dict[Any, float] = {}
+    end = time.monotonic() + CONNECT_SECONDS
+    with listener, selectors.DefaultSelector() as selector:
+        listener.setblocking(False)
+        selector.register(listener, selectors.EVENT_READ)
+
+        def forget(stranger):
+            selector.unregister(stranger)
+            del said[stranger], until[stranger]
+
+        try:
+            while len(connections) < of - 1:
+                now = time.monotonic()
+                if now >= end:
+                    missing = of - 1 - len(connections)
+                    raise ConnectionError(f"{missing} of {of} workers did not connect in a minute.")
+                late = {stranger for stranger in said if until[stranger] <= now}
+                for stranger in late.union(list(said)[: -of - MOST_STRANGERS]):
+                    forget(stranger)
+                    stranger.close()
+                for key, _ in selector.select(min([end, *until.values()]) - now):
+                    one: Any = key.fileobj
+                    if one is listener:
+                        with contextlib.suppress(OSError):
+                            one, _ = listener.accept()
+                            one.setblocking(False)
+                            selector.register(one, selectors.EVENT_READ)
+                            said[one], until[one] = b"", time.monotonic() + GREETING_SECONDS
+                        continue
+                    part = b""
+                    with contextlib.suppress(OSError):
+                        part = one.recv(GREETING_BYTES - len(said[one]))
+                    said[one] += part
+                    if len(said[one]) == GREETING_BYTES or not part:
+                        peer = _peer(said[one], token)
+                        forget(one)
+                        if 0 < peer < of and peer not in connections:
+                            connections[peer] = _kept_alive(one)
+                        else:
+                            one.close()
+        finally:
+            for stranger in said:
+                stranger.close()
+    return connections
+
+
+def _peer(greeting, token):
+    """The number of the worker that greets so; 0 of a stranger."""
+    known = secrets.compare_digest(greeting[:TOKEN_BYTES], token)
+    return int.from_bytes(greeting[TOKEN_BYTES:], "little") if known else 0
 
 
 def _reach(host, port):
-    start = time.monotonic()
+    end = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
-            return socket.create_connection((host, port), CONNECT_SECONDS)
+            return socket.create_connection((host, port), max(0.1, end - time.monotonic()))
         except OSError as error:
-            if time.monotonic() - start > CONNECT_SECONDS:
+            if time.monotonic() > end:
                 raise ConnectionError(f"Worker 0 cannot be reached at {host}, port {port}: {error}.") from error
             time.sleep(0.1)
 

@@ -33,7 +33,8 @@ class TensorFlowEngine(OneDevice):
             role, index = config["task"]["type"], int(config["task"]["index"])
             self.number = index + (len(chiefs) if role == "worker" else 0)
             self.processes = len(chiefs) + len(workers)
-            self.host = [*chiefs, *workers][0].rpartition(":")[0]
+            hosts = [address.rpartition(":")[0] for address in [*chiefs, *workers]]
+            self.host = hosts[0] if len(set(hosts)) > 1 else "127.0.0.1"
 
     def scope(self):
         return self._strategy.scope()

@@ -35,7 +35,8 @@ class ManyProcesses(OneDevice):
         self.device = "cuda" if on_gpu else "cpu"
         self.number = torch.distributed.get_rank()
         self.processes = self.replicas = torch.distributed.get_world_size()
-        self.host = os.environ["MASTER_ADDR"]
+        here = os.environ.get("LOCAL_WORLD_SIZE") == str(self.processes)
+        self.host = "127.0.0.1" if here else os.environ["MASTER_ADDR"]
 
     def exchange(self, numbers):
         tensor = torch.tensor(numbers, device=self.device)

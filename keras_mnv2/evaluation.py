@@ -66,8 +66,8 @@ def evaluation_data(
         folder's and its `paths` the files, otherwise None.
 
     Raises:
-        ValueError: on a folder without class folders or images, an array of another shape or type, labels out of range or of
-            another number and, while it is read, on a file that is no image.
+        ValueError: on a folder without class folders or images, an array of another shape or type, labels out of range
+            or of another number and, while it is read, on a file that is no image.
         FileNotFoundError: while it is read, where there is no such file.
 
     Example:

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
 def check_positive(name: str, value: Any, most: float = sys.float_info.max) -> Any:
@@ -61,6 +62,26 @@ def activation_function(name, activation):
         ) from None
 
 
+def dtype_policy(dtype):
+    """The dtype policy that `dtype` names, or Keras's setting where it is None.
+
+    Raises:
+        ValueError: where it is none, or one that does not compute in floating point.
+    """
+    dtype = keras.config.dtype_policy() if dtype is None else dtype
+    try:
+        policy = keras.dtype_policies.get(dtype)
+        fits = {policy.compute_dtype, policy.variable_dtype} <= set(FLOATS)
+    except (ValueError, TypeError, AttributeError):
+        fits = False
+    if not fits or isinstance(policy, keras.dtype_policies.QuantizedDTypePolicy):
+        names = ", ".join(map(repr, FLOATS))
+        raise ValueError(
+            f"dtype must be {names}, 'mixed_float16', 'mixed_bfloat16', such a policy of Keras or None, got {dtype!r}."
+        )
+    return policy
+
+
 def data_format_name(data_format):
     """`data_format`, or Keras's setting where it is None."""
     if data_format is None:
@@ -91,14 +112,25 @@ def norm_config(norm_layer):
     """
     if norm_layer is None or (isinstance(norm_layer, str) and norm_layer in NORMS):
         return norm_layer
-    if isinstance(norm_layer, dict) and "class_name" in norm_layer:
-        return norm_layer
-    if isinstance(norm_layer, type) and issubclass(norm_layer, keras.layers.Layer):
-        norm_layer = norm_layer()
-    if isinstance(norm_layer, keras.layers.Layer):
-        return keras.saving.serialize_keras_object(norm_layer)
     names = ", ".join(map(repr, NORMS))
-    raise ValueError(f"norm_layer must be {names}, a Keras layer, a layer class or None, got {norm_layer!r}.")
+    told = f"norm_layer must be {names}, a Keras layer, a layer class or None, got {norm_layer!r}."
+    # What the classes raise that need arguments, or that nobody knows.
+    try:
+        if isinstance(norm_layer, dict) and isinstance(
+            keras.saving.deserialize_keras_object(norm_layer), keras.layers.Layer
+        ):
+            return norm_layer
+        if isinstance(norm_layer, type) and issubclass(norm_layer, keras.layers.Layer):
+            norm_layer = norm_layer()
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ValueError(told) from error
+    if not _is_layer(norm_layer):
+        raise ValueError(told)
+    return keras.saving.serialize_keras_object(norm_layer)
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, keras.layers.Layer)
 
 
 def _is_number(value: object) -> bool:

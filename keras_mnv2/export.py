@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,12 +235,13 @@ def _labels(model, format, labels):
     if format != "tf_saved_model":
         raise ValueError(f'labels must be left out but for format="tf_saved_model", got them for {format!r}.')
     classes = model.output_shape[-1] if isinstance(model.output_shape, tuple) else None
-    names = labels
+    names = labels if isinstance(labels, str) or not isinstance(labels, Iterable) else list(labels)
     if isinstance(labels, str) and labels == "imagenet":
         # TensorFlow's checkpoints have a class for the background first.
         names = (["background"] if classes == 1001 else []) + [name for _, name in imagenet_labels()]
-    if isinstance(names, str) or len(names) != classes or any("\n" in name for name in names):
-        what = f"{len(names)} of them" if not isinstance(names, str) else repr(names)
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or len(names) != classes or any("\n" in name for name in names):
+        what = f"{len(names)} of them" if texts else repr(labels)
         raise ValueError(f'labels must be "imagenet" or {classes} names of one line each, got {what}.')
     return list(names)
 

@@ -18,6 +18,7 @@ from keras_mnv2.arguments import (
     check_rate,
     check_whole,
     data_format_name,
+    dtype_policy,
     norm_config,
 )
 from keras_mnv2.build import apply_rows, classify, feature_names
@@ -175,9 +176,10 @@ def MobileNetV2(
     norm_momentum = check_rate("norm_momentum", norm_momentum)
     stochastic_depth = check_rate("stochastic_depth", stochastic_depth)
     norm_epsilon = check_positive("norm_epsilon", norm_epsilon)
-    if not (block is None or callable(block)):
+    no_layer = isinstance(block, type) and not issubclass(block, keras.layers.Layer)
+    if no_layer or not (block is None or callable(block)):
         raise ValueError(f"block must be None or a callable that makes a Keras layer, got {block!r}.")
-    policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+    policy = dtype_policy(dtype)
     side = source.resolution if isinstance(source, Checkpoint) else 224
     image = _image_input(input_shape, input_tensor, side if include_top else None, data_format)
     channel_axis, side_axis = (-1, 1) if data_format == "channels_last" else (1, 2)

@@ -312,6 +312,10 @@ def test_a_path_that_exists_is_kept_unless_it_may_be_replaced(decided, tmp_path)
         ({"labels": ["a", "b"]}, 'labels must be "imagenet" or 5 names of one line each, got 2 of them'),
         ({"labels": "imagenet"}, "labels must be .*, got 1000 of them"),
         ({"labels": "abcde"}, "labels must be .*, got 'abcde'"),
+        ({"labels": [1, 2, 3, 4, 5]}, r"labels must be .*, got \[1, 2, 3, 4, 5\]"),
+        ({"labels": ["a", "b", "c", "d", None]}, r"labels must be .*, got \['a', .*, None\]"),
+        ({"labels": 5}, "labels must be .*, got 5"),
+        ({"labels": (name for name in "abcd")}, "labels must be .*, got 4 of them"),
         ({"format": "onnx", "labels": list("abcde")}, "labels must be left out"),
         ({"path": "model.bin", "format": "onnx"}, r"path must end in '\.onnx' for format='onnx', got '.*model\.bin'"),
     ],
@@ -449,6 +453,11 @@ def test_a_model_of_two_inputs_is_refused(tmp_path):
 def test_load_export_names_what_it_can_load(tmp_path):
     with pytest.raises(ValueError, match=r"path must be a SavedModel or end in \.onnx, .*, got '.*a\.gguf'"):
         keras_mnv2.load_export(tmp_path / "a.gguf")
+    for name in ("a.onnx", "a.tflite", "a.xml", "a.pt2", "a.keras"):
+        with pytest.raises(FileNotFoundError, match=f"path must be an exported file that exists, got '.*{name}'"):
+            keras_mnv2.load_export(tmp_path / name)
+    with pytest.raises(ValueError, match="path must be a path, got 5"):
+        keras_mnv2.load_export(5)
 
 
 @once_on("tensorflow")

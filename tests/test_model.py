@@ -135,6 +135,14 @@ def test_what_is_forbidden_is_a_value_error_that_names_it(data):
         small(**{argument: value})
 
 
+def _no_layer(*args, **arguments):
+    return None
+
+
+def _no_arguments():
+    return keras.layers.Identity()
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
@@ -152,8 +160,23 @@ def test_what_is_forbidden_is_a_value_error_that_names_it(data):
         ("inverted_residual_setting", [(1, 16, 1, 3)]),
         ("padding", "valid"),
         ("block", "bottleneck"),
+        ("block", int),
+        ("block", dict),
+        ("block", _no_layer),
+        ("block", _no_arguments),
         ("activation", "relu7"),
         ("norm_layer", "instance_norm"),
+        ("norm_layer", {"class_name": "x"}),
+        ("norm_layer", {"class_name": "Dense", "config": {}}),
+        ("norm_layer", keras.layers.Dense),
+        ("norm_layer", keras.optimizers.SGD),
+        ("dtype", "int8"),
+        ("dtype", "int32"),
+        ("dtype", "complex64"),
+        ("dtype", "int8_from_float32"),
+        ("dtype", "mixed_int8"),
+        ("dtype", 0),
+        ("dtype", keras.DTypePolicy("int32")),
         ("norm_momentum", 1.5),
         ("norm_epsilon", 0),
         ("classes", 0),
@@ -344,3 +367,11 @@ def test_a_model_with_a_head_is_saved_and_loaded(tmp_path, rng):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert np.array_equal(loaded.predict(x, verbose=0), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", [None, "float16", "mixed_bfloat16", "float32", keras.DTypePolicy("float32"), np.float32]
+)
+def test_a_dtype_of_floats_is_the_models(dtype):
+    expected = keras.dtype_policies.get(keras.config.dtype_policy() if dtype is None else dtype)
+    assert small(dtype=dtype).layers[1].compute_dtype == expected.compute_dtype

@@ -1,10 +1,13 @@
 """MobileNetV2 for Keras 3 on TensorFlow, JAX and PyTorch."""
 
+import keras_mnv2.backend  # noqa: F401  First: it chooses what Keras starts.  isort: skip
+
 from keras_mnv2 import applications, layers
 from keras_mnv2.cost import CostProfile, cost_profile
 from keras_mnv2.evaluation import evaluation_data
 from keras_mnv2.export import ExportReport, export
 from keras_mnv2.fold import fold_batch_norm
+from keras_mnv2.folders import class_folders
 from keras_mnv2.formats.runtimes import load_export
 from keras_mnv2.freeze import freeze, unfreeze
 from keras_mnv2.model import MobileNetV2
@@ -22,6 +25,7 @@ __all__ = [
     "MobileNetV2",
     "Preprocessing",
     "applications",
+    "class_folders",
     "cost_profile",
     "decode_predictions",
     "evaluation_data",

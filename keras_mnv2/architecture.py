@@ -36,6 +36,10 @@ PAPER_SETTING = (
 )
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
+# Bounds against a slip of the hand: published networks have up to 1.4, 6 and 26.
+MOST_FACTOR = 1000
+MOST_BLOCKS = 200
+MOST_CHANNELS = 2**20
 
 
 @dataclass(frozen=True)
@@ -135,12 +139,22 @@ def plan(
     >>> [row.channels for row in plan(alpha=0.35)[:4]]
     [16, 8, 8, 8]
     """
-    alpha = check_positive("alpha", alpha)
-    depth_multiplier = check_positive("depth_multiplier", depth_multiplier)
-    round_nearest = check_whole("round_nearest", round_nearest)
+    alpha = check_positive("alpha", alpha, MOST_FACTOR)
+    depth_multiplier = check_positive("depth_multiplier", depth_multiplier, MOST_FACTOR)
+    round_nearest = check_whole("round_nearest", round_nearest, most=MOST_CHANNELS)
     stem_stride = check_choice("stem_stride", stem_stride, (1, 2))
     output_stride = check_choice("output_stride", output_stride, (8, 16, 32))
     stages = _stages(inverted_residual_setting)
+    fixed = (0, len(stages) - 1) if fix_stem_head else ()
+    repeats = [
+        stage.repeats if index in fixed else math.ceil(stage.repeats * depth_multiplier)
+        for index, stage in enumerate(stages)
+    ]
+    if sum(repeats) > MOST_BLOCKS:
+        raise ValueError(
+            f"depth_multiplier and inverted_residual_setting must give at most {MOST_BLOCKS} blocks, got "
+            f"{sum(repeats):,} with depth_multiplier={depth_multiplier!r}."
+        )
 
     def width(channels: int) -> int:
         return make_divisible(channels * alpha, round_nearest)
@@ -149,11 +163,8 @@ def plan(
     current_stride, dilation = stem_stride, 1
     channels = STEM_CHANNELS if fix_stem_head else width(STEM_CHANNELS)
     rows.append(Row("stem", "stem", in_channels, channels, 1, stem_stride, 1, False, current_stride))
-    for index, stage in enumerate(stages):
-        repeats = stage.repeats
-        if not (fix_stem_head and index in (0, len(stages) - 1)):
-            repeats = math.ceil(repeats * depth_multiplier)
-        for repeat in range(repeats):
+    for stage, count in zip(stages, repeats, strict=True):
+        for repeat in range(count):
             stride = stage.stride if repeat == 0 else 1
             if current_stride * stride > output_stride:
                 stride, next_dilation = 1, dilation * stride
@@ -164,6 +175,11 @@ def plan(
             # A block whose stride became a dilation does not gain a shortcut: it would change the network.
             strided = repeat == 0 and stage.stride != 1
             residual = not strided and channels == out
+            if hidden_channels(channels, stage.expansion) < 1:
+                raise ValueError(
+                    f"inverted_residual_setting: the expansion t of the row {tuple(stage)} must leave at least one of "
+                    f"{channels} channels."
+                )
             name = f"block_{len(rows) - 1}"
             rows.append(Row(name, "block", channels, out, stage.expansion, stride, dilation, residual, current_stride))
             channels, dilation = out, next_dilation
@@ -187,10 +203,10 @@ def _stages(setting: Sequence[Sequence[float]] | None) -> tuple[Stage, ...]:
         if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 4:
             raise ValueError(f"{name} must have rows of four numbers (t, c, n, s), got the row {row!r}.")
         stage = Stage(*row)  # type: ignore[arg-type]
-        expansion = check_positive(f"{name}: the expansion t of the row {tuple(row)}", stage.expansion)
+        expansion = check_positive(f"{name}: the expansion t of the row {tuple(row)}", stage.expansion, MOST_FACTOR)
         channels, repeats = (
-            check_whole(f"{name}: {letter} of the row {tuple(row)}", value)
-            for letter, value in zip("cn", stage[1:3], strict=True)
+            check_whole(f"{name}: {letter} of the row {tuple(row)}", value, most=most)
+            for letter, value, most in zip("cn", stage[1:3], (MOST_CHANNELS, MOST_BLOCKS), strict=True)
         )
         stride = check_choice(f"{name}: the stride s of the row {tuple(row)}", stage.stride, (1, 2))
         stages.append(Stage(expansion, channels, repeats, stride))

@@ -1,7 +1,7 @@
 """The checks of arguments: each error names the argument, the value, and what is allowed."""
 
-import math
 import numbers
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,19 +9,23 @@ import keras
 import numpy as np
 
 NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def check_positive(name: str, value: Any) -> Any:
-    """`value` as a number of Python; raises `ValueError` unless it is finite and above 0."""
-    if not _is_number(value) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+def check_positive(name: str, value: Any, most: float = sys.float_info.max) -> Any:
+    """`value` as a number of Python; raises `ValueError` unless it is above 0 and at most `most`."""
+    if not _is_number(value) or not 0 < value <= most:
+        bound = f", and at most {most}" if most != sys.float_info.max else ""
+        raise ValueError(f"{name} must be a finite number above 0{bound}, got {value!r}.")
     return _plain(value)
 
 
-def check_whole(name: str, value: Any, least: int = 1) -> int:
-    """`value` as an integer of Python; raises `ValueError` unless it is whole and at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """`value` as an integer of Python; raises `ValueError` unless it is whole, and from `least` to `most`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least or (most is not None and int(value) > most):
+        bound = f" and at most {most}" if most is not None else ""
+        raise ValueError(f"{name} must be a whole number of at least {least}{bound}, got {value!r}.")
     return int(value)
 
 
@@ -58,6 +62,26 @@ def activation_function(name, activation):
         ) from None
 
 
+def dtype_policy(dtype):
+    """The dtype policy that `dtype` names, or Keras's setting where it is None.
+
+    Raises:
+        ValueError: where it is none, or one that does not compute in floating point.
+    """
+    dtype = keras.config.dtype_policy() if dtype is None else dtype
+    try:
+        policy = keras.dtype_policies.get(dtype)
+        fits = {policy.compute_dtype, policy.variable_dtype} <= set(FLOATS)
+    except (ValueError, TypeError, AttributeError):
+        fits = False
+    if not fits or isinstance(policy, keras.dtype_policies.QuantizedDTypePolicy):
+        names = ", ".join(map(repr, FLOATS))
+        raise ValueError(
+            f"dtype must be {names}, 'mixed_float16', 'mixed_bfloat16', such a policy of Keras or None, got {dtype!r}."
+        )
+    return policy
+
+
 def data_format_name(data_format):
     """`data_format`, or Keras's setting where it is None."""
     if data_format is None:
@@ -88,14 +112,25 @@ def norm_config(norm_layer):
     """
     if norm_layer is None or (isinstance(norm_layer, str) and norm_layer in NORMS):
         return norm_layer
-    if isinstance(norm_layer, dict) and "class_name" in norm_layer:
-        return norm_layer
-    if isinstance(norm_layer, type) and issubclass(norm_layer, keras.layers.Layer):
-        norm_layer = norm_layer()
-    if isinstance(norm_layer, keras.layers.Layer):
-        return keras.saving.serialize_keras_object(norm_layer)
     names = ", ".join(map(repr, NORMS))
-    raise ValueError(f"norm_layer must be {names}, a Keras layer, a layer class or None, got {norm_layer!r}.")
+    told = f"norm_layer must be {names}, a Keras layer, a layer class or None, got {norm_layer!r}."
+    # What the classes raise that need arguments, or that nobody knows.
+    try:
+        if isinstance(norm_layer, dict) and isinstance(
+            keras.saving.deserialize_keras_object(norm_layer), keras.layers.Layer
+        ):
+            return norm_layer
+        if isinstance(norm_layer, type) and issubclass(norm_layer, keras.layers.Layer):
+            norm_layer = norm_layer()
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ValueError(told) from error
+    if not _is_layer(norm_layer):
+        raise ValueError(told)
+    return keras.saving.serialize_keras_object(norm_layer)
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, keras.layers.Layer)
 
 
 def _is_number(value: object) -> bool:

@@ -66,7 +66,8 @@ def apply_rows(
                 extra["shortcut"] = None
             if f"{row.name}_expand" in features:
                 extra["return_expansion"] = True
-            x = block(
+            x = _made(
+                block,
                 row.channels,
                 stride=row.stride,
                 expand_ratio=row.expansion,
@@ -82,6 +83,18 @@ def apply_rows(
             x = ConvNormActivation(row.channels, kernel_size=kernel_size, stride=row.stride, name=row.name, **common)(x)
         tensors[row.name] = x
     return x, {name: tensors[name if name.endswith("_expand") else sources[name]] for name in features}
+
+
+def _made(block, *args, **arguments):
+    """The layer that the caller's `block` makes."""
+    try:
+        layer = block(*args, **arguments)
+    except TypeError as error:
+        told = "block must take the arguments of keras_mnv2.layers.InvertedResidual and give a Keras layer"
+        raise ValueError(f"{told}, got {block!r}: {error}.") from error
+    if not callable(layer):
+        raise ValueError(f"block must give a Keras layer, got {layer!r} from {block!r}.")
+    return layer
 
 
 class _Names(NamedTuple):

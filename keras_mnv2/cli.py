@@ -18,8 +18,9 @@ import numpy as np
 
 from keras_mnv2.arguments import check_whole
 from keras_mnv2.cost import cost_profile
-from keras_mnv2.evaluation import SUFFIXES, evaluation_data
+from keras_mnv2.evaluation import evaluation_data
 from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export
+from keras_mnv2.folders import SUFFIXES, images_below
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of, scales_pixels
 from keras_mnv2.weights.hdf5 import open_hdf5
@@ -337,7 +338,7 @@ def _export(options):
 
 def _calibration(folder, model, how):
     """Photographs from anywhere below a folder, evenly chosen, as the model takes them."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = images_below(folder) if Path(folder).is_dir() else []
     if not paths:
         raise ValueError(f"--calibration must be a folder of images ({', '.join(SUFFIXES)}), got {folder!r}.")
     default, scales = _input_of(model)

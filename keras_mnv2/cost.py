@@ -1,12 +1,15 @@
 """What a network costs, from the plan alone: parameters, multiply-adds, activations, peak memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from keras_mnv2.architecture import Row, plan
 from keras_mnv2.arguments import check_whole
 from keras_mnv2.ops.padding import output_size
+
+# 1 GiB in float32, 38 times width 1.4: more is a slip of the hand, which would end in a MemoryError.
+MOST_PARAMETERS = 2**28
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,22 @@ def cost_profile(
     if print_fn is not None:
         print_fn(str(profile))
     return profile
+
+
+def check_size(rows: Sequence[Row], classes: int) -> None:
+    """Raises a `ValueError` where a network has more parameters than `MOST_PARAMETERS`, before anything is built.
+
+    Args:
+        rows: of `plan`.
+        classes: of the classifier, or 0.
+    """
+    parameters = sum(_row_cost(row, (1, 1, row.in_channels), 1).parameters for row in rows)
+    parameters += (rows[-1].channels + 1) * classes
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(
+            "alpha, inverted_residual_setting, round_nearest, classes and the channels of the image must give at most "
+            f"{MOST_PARAMETERS:,} parameters, got {parameters:,}."
+        )
 
 
 def _row_cost(row: Row, shape: tuple[int, ...], bytes_per_value: int) -> RowCost:

@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_mnv2.arguments import check_whole
+from keras_mnv2.folders import class_folders
 from keras_mnv2.preprocessing import preprocessing_of, resize_and_crop
 from keras_mnv2.weights.table import Checkpoint, Preprocessing
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+# Losses and metrics take int32 labels on each backend.
+LARGEST_LABEL = 2**31 - 1
 
 
 class _Photographs(keras.utils.PyDataset):
@@ -50,9 +51,10 @@ def evaluation_data(
     """Photographs as batches for `evaluate` and `predict` of any backend, prepared as a checkpoint expects.
 
     Args:
-        images: a folder of class folders, a sequence of paths, or an array of bytes (number, height, width, 3).
-        labels: whole numbers, of a sequence or an array; those of a folder are the places of its class folders in their
-            sorted order.
+        images: a folder of class folders, as `class_folders` reads it, a sequence of paths, or an array of bytes
+            (number, height, width, 3).
+        labels: whole numbers from 0 to 2147483647, of a sequence or an array; those of a folder are the places of its
+            class folders in their sorted order.
         weights: whose preprocessing, as in `preprocess_input` and `resize_and_crop`.
         batch_size: images a batch; the last one may have fewer.
         size: pixels of each side instead of the checkpoint's.
@@ -64,8 +66,8 @@ def evaluation_data(
         folder's and its `paths` the files, otherwise None.
 
     Raises:
-        ValueError: on a folder without class folders or images, an array of another shape or type, labels of another
-            number and, while it is read, on a file that is no image.
+        ValueError: on a folder without class folders or images, an array of another shape or type, labels out of range
+            or of another number and, while it is read, on a file that is no image.
         FileNotFoundError: while it is read, where there is no such file.
 
     Example:
@@ -82,9 +84,19 @@ def evaluation_data(
     if isinstance(images, str | os.PathLike):
         if labels is not None:
             raise ValueError("labels must be None where images is a folder, whose class folders are the labels.")
-        images, labels, class_names = _class_folders(Path(images))
+        try:
+            images, labels, names = class_folders(images)
+            class_names = list(names)
+        except ValueError as error:
+            raise ValueError(str(error).replace("folder must", "images must", 1)) from None
     if not isinstance(images, np.ndarray) or images.dtype.kind in "OU":
-        images = list(images)  # type: ignore[arg-type]
+        try:
+            images = list(images)  # type: ignore[arg-type]
+        except TypeError:
+            raise ValueError(
+                "images must be a folder, a sequence of paths or an array of bytes (number, height, width, 3), "
+                f"got {images!r}."
+            ) from None
     elif images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(
             "images must be a folder, a sequence of paths or an array of bytes (number, height, width, 3), "
@@ -92,34 +104,23 @@ def evaluation_data(
         )
     if not len(images):
         raise ValueError("images must hold at least one image, got none.")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"labels must have one label an image, got {len(labels)} for {len(images)} images.")
     if labels is not None:
-        labels = np.asarray(labels)
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise ValueError(f"labels must be whole numbers, one an image, got {labels.dtype} of shape {labels.shape}.")
-        labels = labels.astype("int32")
+        labels = _whole_labels(labels, len(images))
     how = preprocessing_of(weights)
     return _Photographs(images, labels, how, size, batch_size, normalize, class_names, workers)
 
 
-def _class_folders(folder):
-    if not folder.is_dir():
-        raise ValueError(f"images must be an existing folder of class folders, got {str(folder)!r}.")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not names:
-        raise ValueError(f"images must be a folder of class folders, got {str(folder)!r}, which has none.")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        # Other systems leave hidden files of their own beside images, with the same suffix.
-        shown = (path for path in (folder / name).iterdir() if not path.name.startswith("."))
-        found = sorted(path for path in shown if path.suffix.lower() in SUFFIXES)
-        paths += found
-        labels += [label] * len(found)
-    if not paths:
-        raise ValueError(
-            f"images must be a folder whose class folders have images ({', '.join(SUFFIXES)}), "
-            f"got {str(folder)!r}, whose {len(names)} have none."
-        )
-    return paths, labels, names
+def _whole_labels(labels, count):
+    """Labels as an array of int32."""
+    array = np.asarray(labels)
+    if not array.shape:
+        raise ValueError(f"labels must be a sequence of whole numbers, one an image, got {labels!r}.")
+    if len(array) != count:
+        raise ValueError(f"labels must have one label an image, got {len(array)} for {count} images.")
+    # Those beyond int64 come as objects.
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"labels must be whole numbers, one an image, got {array.dtype} of shape {array.shape}.")
+    wrong = array[(array < 0) | (array > LARGEST_LABEL)]
+    if len(wrong):
+        raise ValueError(f"labels must be whole numbers from 0 to {LARGEST_LABEL}, got {wrong[0]}.")
+    return array.astype("int32")

@@ -4,10 +4,12 @@ import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +177,7 @@ def export(
         source = _in_float32(source)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+    with _cleaned_up(), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         folder = Path(scratch)
         # Files that name each other, as OpenVINO's do, need their final names.
         target = folder / "result" / path.name
@@ -194,7 +196,7 @@ def export(
         else:
             _cross_over(source, folder, format, target, labels)
         report = _compare(model, target, images, folder, path, format, precision, quantized)
-        _move(target.parent, path, folder)
+        _move(target.parent, path, folder, overwrite)
     if verbose:
         print(report)
     return report
@@ -233,12 +235,13 @@ def _labels(model, format, labels):
     if format != "tf_saved_model":
         raise ValueError(f'labels must be left out but for format="tf_saved_model", got them for {format!r}.')
     classes = model.output_shape[-1] if isinstance(model.output_shape, tuple) else None
-    names = labels
+    names = labels if isinstance(labels, str) or not isinstance(labels, Iterable) else list(labels)
     if isinstance(labels, str) and labels == "imagenet":
         # TensorFlow's checkpoints have a class for the background first.
         names = (["background"] if classes == 1001 else []) + [name for _, name in imagenet_labels()]
-    if isinstance(names, str) or len(names) != classes or any("\n" in name for name in names):
-        what = f"{len(names)} of them" if not isinstance(names, str) else repr(names)
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or len(names) != classes or any("\n" in name for name in names):
+        what = f"{len(names)} of them" if texts else repr(labels)
         raise ValueError(f'labels must be "imagenet" or {classes} names of one line each, got {what}.')
     return list(names)
 
@@ -412,17 +415,66 @@ def _shapes(outputs):
     return ", ".join(f"{name.partition('/')[2]} {y.shape}" for name, y in outputs.items() if name.startswith("0/"))
 
 
-def _move(folder, path, scratch):
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+@contextlib.contextmanager
+def _cleaned_up():
+    """Inside, SIGTERM first raises, so that no scratch folder and no child stays, and then ends the process."""
+
+    def terminate(number, frame):
+        raise _Terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        # The caller has a handler, or signals end in another thread.
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except _Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _move(folder, path, scratch, overwrite):
     """Gives the results their final names, the named one last; where that fails, all is as it was before.
 
     What they replace goes when the scratch folder does.
+
+    Raises:
+        ValueError: without `overwrite`, where something has got the name meanwhile.
     """
     with contextlib.ExitStack() as undo:
         for result in sorted(folder.iterdir(), key=lambda result: result.name == path.name):
             final, replaced = path.with_name(result.name), scratch / f"replaced-{result.name}"
-            if final.exists():
+            if overwrite and final.exists():
                 final.rename(replaced)
                 undo.callback(replaced.rename, final)
-            result.rename(final)
+            _rename_to_new(result, final)
             undo.callback(final.rename, result)
         undo.pop_all()
+
+
+def _rename_to_new(result, final):
+    """Renames, but never over something; what else writes there may have got the name in the meantime."""
+    try:
+        if result.is_dir():
+            # A folder that holds something is not replaced.
+            result.rename(final)
+        else:
+            os.link(result, final)
+            result.unlink()
+    except OSError as error:
+        if final.exists():
+            raise ValueError(
+                f"path must be new, got {str(final)!r}, which something else has written meanwhile."
+            ) from error
+        if result.is_dir():
+            raise
+        # A file system without links.
+        result.rename(final)

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_mnv2.architecture import plan
+from keras_mnv2.architecture import MOST_CHANNELS, plan
 from keras_mnv2.arguments import (
     activation_function,
     check_choice,
@@ -18,9 +18,11 @@ from keras_mnv2.arguments import (
     check_rate,
     check_whole,
     data_format_name,
+    dtype_policy,
     norm_config,
 )
 from keras_mnv2.build import apply_rows, classify, feature_names
+from keras_mnv2.cost import MOST_PARAMETERS, check_size
 from keras_mnv2.layers.compact import NORM_EPSILON, NORM_MOMENTUM, InvertedResidual
 from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.ops.padding import PADDINGS
@@ -31,7 +33,7 @@ from keras_mnv2.weights.source import check_channels, checkpoint_of, classes_of,
 from keras_mnv2.weights.table import HALF, Checkpoint, imagenet_checkpoint
 from keras_mnv2.weights.widths import settings_of
 
-MIN_SIZE = 32
+MIN_SIZE, MOST_SIZE = 32, 2**16
 # What a checkpoint decides, and what holds without one.
 DEFAULTS: dict[str, Any] = {
     "alpha": 1.0,
@@ -166,7 +168,7 @@ def MobileNetV2(
     classes = (width or 1000) if classes is None else classes
     padding = check_choice("padding", padding, PADDINGS)
     pooling = check_choice("pooling", pooling, (None, "avg", "max"))
-    classes = check_whole("classes", classes)
+    classes = check_whole("classes", classes, most=MOST_PARAMETERS)
     dropout = check_rate("dropout", dropout)
     if norm_momentum is None:
         layout = LAYOUTS[source.layout] if isinstance(source, Checkpoint) else source.layout if source else None
@@ -174,9 +176,10 @@ def MobileNetV2(
     norm_momentum = check_rate("norm_momentum", norm_momentum)
     stochastic_depth = check_rate("stochastic_depth", stochastic_depth)
     norm_epsilon = check_positive("norm_epsilon", norm_epsilon)
-    if not (block is None or callable(block)):
+    no_layer = isinstance(block, type) and not issubclass(block, keras.layers.Layer)
+    if no_layer or not (block is None or callable(block)):
         raise ValueError(f"block must be None or a callable that makes a Keras layer, got {block!r}.")
-    policy = keras.dtype_policies.get(dtype or keras.config.dtype_policy())
+    policy = dtype_policy(dtype)
     side = source.resolution if isinstance(source, Checkpoint) else 224
     image = _image_input(input_shape, input_tensor, side if include_top else None, data_format)
     channel_axis, side_axis = (-1, 1) if data_format == "channels_last" else (1, 2)
@@ -193,6 +196,7 @@ def MobileNetV2(
         in_channels=image.shape[channel_axis],
     )
     names = _check_features(features, rows, include_top, pooling)
+    check_size(rows, classes if include_top else 0)
 
     x = image
     if include_preprocessing:
@@ -299,12 +303,12 @@ def _check_image_shape(name, shape, data_format):
         raise ValueError(f"{name} must have the shape {layout}, got {shape!r}.")
     *sides, channels = shape if data_format == "channels_last" else (*shape[1:], shape[0])
     try:
-        channels = check_whole("channels", channels)
-        sides = [None if side is None else check_whole("side", side, MIN_SIZE) for side in sides]
+        channels = check_whole("channels", channels, most=MOST_CHANNELS)
+        sides = [None if side is None else check_whole("side", side, MIN_SIZE, MOST_SIZE) for side in sides]
     except ValueError:
         raise ValueError(
-            f"{name} must be {layout} with sides of at least {MIN_SIZE} or None and at least one channel, "
-            f"got {tuple(shape)}."
+            f"{name} must be {layout} with sides of {MIN_SIZE} to {MOST_SIZE} or None and 1 to {MOST_CHANNELS} "
+            f"channels, got {tuple(shape)}."
         ) from None
     return (*sides, channels) if data_format == "channels_last" else (channels, *sides)
 

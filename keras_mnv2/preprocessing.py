@@ -244,7 +244,7 @@ def decode_predictions(preds: Any, top: int = 5) -> list[list[tuple[str, str, fl
         For each image a list of (WordNet id, name, score), the best first.
 
     Raises:
-        ValueError: on another shape, or a `top` out of range.
+        ValueError: on another shape, NaN or values that are no real numbers, or a `top` out of range.
 
     Example:
 
@@ -254,11 +254,19 @@ def decode_predictions(preds: Any, top: int = 5) -> list[list[tuple[str, str, fl
     ('n02123394', 'Persian_cat')
     """
     scores = keras.ops.convert_to_numpy(preds)
+    try:
+        # bfloat16 is a type that NumPy cannot sort; whole numbers stay what they are, float32 would round them.
+        keys = scores if scores.dtype.kind in "biuf" else scores.astype("float32", casting="same_kind")
+    except (TypeError, ValueError):
+        raise ValueError(f"preds must be real numbers, got values of type {scores.dtype}.") from None
     if scores.ndim != 2 or scores.shape[1] not in (1000, 1001):
         raise ValueError(f"preds must have the shape (batch, 1000) or (batch, 1001), got {scores.shape}.")
     top = check_whole("top", top)
     labels = imagenet_labels()
     if scores.shape[1] == 1001:
         labels = (("", "background"), *labels)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
+    if np.isnan(keys).any():
+        raise ValueError(f"preds must be numbers, got NaN for {np.isnan(keys).any(1).sum()} of {len(keys)} images.")
+    # Backwards twice: the negative of an unsigned number is another number, and equal ones stay in order.
+    best = scores.shape[1] - 1 - np.argsort(keys[:, ::-1], axis=1, kind="stable")[:, : -top - 1 : -1]
     return [[(*labels[i], row[i]) for i in order] for row, order in zip(scores, best, strict=True)]

@@ -17,13 +17,27 @@ settings.load_profile("default")
 
 BACKENDS = ("tensorflow", "jax", "torch")
 
-# Marks of a parameter, likewise.
-ONCE = [pytest.mark.slow] if keras.backend.backend() != "torch" else []
+# What compiles for numbers that the compiler's optimisations could change, or for speed.
+OPTIMISED = {"test_benchmark", "test_jax", "test_later", "test_ops", "test_parity", "test_training", "test_weights"}
 
 
-def once(test):
-    """Marks a test that takes long and says much the same on each backend: it runs on PyTorch, elsewhere if slow."""
-    return pytest.mark.slow(test) if ONCE else test
+def marks(backend="torch"):
+    """The marks of a parameter that runs on this backend alone, elsewhere if slow."""
+    return [pytest.mark.slow] if keras.backend.backend() != backend else []
+
+
+ONCE = marks()
+
+
+def once_on(backend):
+    """Marks a test that takes long and says much the same on each backend: it runs on this one, elsewhere if slow.
+
+    They are shared out so that the three processes end at about the same time.
+    """
+    return lambda test: pytest.mark.slow(test) if marks(backend) else test
+
+
+once = once_on("torch")
 
 
 @pytest.fixture(autouse=True)
@@ -36,10 +50,10 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture
-def light_compilation():
+@pytest.fixture(autouse=True)
+def _light_compilation(request):
     """XLA takes half the time to compile what runs once."""
-    if keras.backend.backend() != "jax":
+    if keras.backend.backend() != "jax" or request.module.__name__.rpartition(".")[2] in OPTIMISED:
         yield
         return
     import jax

@@ -18,7 +18,7 @@ import numpy as np
 SETTINGS = {
     "image_size": 32,
     "alpha": 0.35,
-    "stages": ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2)),
+    "stages": ((1, 16, 1, 1), (6, 24, 1, 2), (6, 32, 1, 2)),
     "learning_rate": 5e-4,
     "warmup_epochs": 0.0,
     "epochs": 2,

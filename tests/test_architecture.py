@@ -79,6 +79,13 @@ def test_output_stride_turns_later_strides_into_dilations(output_stride, dilatio
         ("inverted_residual_setting", [(0, 24, 2, 2)]),
         ("inverted_residual_setting", [(6, 24, 0, 2)]),
         ("inverted_residual_setting", [(6, 24.5, 1, 2)]),
+        ("alpha", 1e9),
+        ("round_nearest", 10**7),
+        ("depth_multiplier", 100),
+        ("inverted_residual_setting", [(1e300, 24, 1, 2)]),
+        ("inverted_residual_setting", [(6, 10**400, 1, 2)]),
+        ("inverted_residual_setting", [(6, 24, 10**9, 2)]),
+        ("inverted_residual_setting", [(0.001, 24, 1, 2)]),
     ],
 )
 def test_a_bad_argument_is_named_with_its_value(argument, value):

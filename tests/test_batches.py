@@ -103,7 +103,7 @@ def test_the_first_worker_gets_all_scores_in_order(tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 5])
 def test_the_stream_goes_on_over_epochs_from_any_place(workers):
-    config = dataclasses.replace(CONFIG, flip=True, pad=2, crop_area=None, image_size=8, workers=workers)
+    config = dataclasses.replace(CONFIG, flip=True, pad=2, crop_area=None, image_size=32, workers=workers)
     batches = training_batches(numbered(12), 3, config)
     places = [(1, 2), (2, 0), (2, 1), (2, 2), (3, 0)]
     for place, found in zip(places, batches.stream(1, 2), strict=False):

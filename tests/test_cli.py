@@ -1,6 +1,8 @@
 """The command line: what it prints, and how it fails."""
 
+import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,8 +15,9 @@ from skimage import data
 from sklearn.datasets import load_sample_images
 
 import keras_mnv2
+from keras_mnv2.backend import other_backend
 from keras_mnv2.cli import _scoring, main
-from tests.conftest import once
+from tests.conftest import once, once_on
 from tests.helpers import randomise
 
 
@@ -60,6 +63,7 @@ def test_predict(files, capsys):
     assert len(lines) == 7
 
 
+@once_on("tensorflow")
 def test_evaluate(files, capsys, tmp_path):
     folder, model = files
     pixels = {name: keras_mnv2.resize_and_crop(folder / f"{name}.jpg") for name in ("china", "flower")}
@@ -112,6 +116,7 @@ def test_a_whole_model_of_other_classes(capsys, tmp_path):
     assert "as many class folders as the model has classes, 2, got 3" in err
 
 
+@once_on("tensorflow")
 def test_logits_become_probabilities(files, capsys, tmp_path):
     folder, _ = files
     model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3, classifier_activation=None)
@@ -130,6 +135,7 @@ def test_logits_become_probabilities(files, capsys, tmp_path):
     ]
 
 
+@once_on("tensorflow")
 def test_the_background_shifts_the_names(files, capsys, tmp_path):
     folder, _ = files
     model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=1001)
@@ -148,6 +154,7 @@ def test_the_background_shifts_the_names(files, capsys, tmp_path):
     assert (status, found["images"], found["top1"]) == (0, 2, 50)
 
 
+@once_on("tensorflow")
 def test_channels_first_models_are_fed_so(files, tmp_path):
     folder, _ = files
     last = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=4, include_preprocessing=True)
@@ -293,7 +300,7 @@ def test_profile(capsys):
         (["predict", __file__, "--weights", __file__], "cannot be read as weights"),
         (["evaluate", "nowhere"], "images must be an existing folder of class folders, got 'nowhere'."),
         (["weights", "caffe/*"], "No published checkpoint has a name like 'caffe/*'."),
-        (["profile", "--alpha", "0"], "alpha must be a finite number above 0, got 0.0."),
+        (["profile", "--alpha", "0"], "alpha must be a finite number above 0"),
         (["predict", __file__, "--weights", "torchvision/V3"], "the nearest names are"),
     ],
 )
@@ -311,3 +318,66 @@ def test_the_module_runs_as_a_command():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
     assert "torchvision/IMAGENET1K_V2" in done.stdout
+
+
+ALONE = """
+import importlib.metadata, runpy, sys
+from importlib.machinery import PathFinder
+
+present, *sys.argv = sys.argv[1:]
+hidden = {"tensorflow", "jax", "jaxlib", "torch"} - set(present.split(","))
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *args, **kwargs):
+        return None if name.partition(".")[0] in hidden else super().find_spec(name, *args, **kwargs)
+
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+runpy.run_module("keras_mnv2", run_name="__main__", alter_sys=True)
+"""
+
+
+def alone(tmp_path, present, *words, named=None):
+    """The command where only `present` is installed, with a home of its own."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("KERAS_BACKEND", "KERAS_HOME")}
+    return subprocess.run(
+        [sys.executable, "-c", ALONE, present, "keras-mnv2", *words],
+        env=kept | {"HOME": str(tmp_path)} | ({"KERAS_BACKEND": named} if named else {}),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_backend_that_is_installed_is_taken(tmp_path):
+    present = {"jax": "jax,jaxlib"}.get(keras.backend.backend(), keras.backend.backend())
+    done = alone(tmp_path, present, "--version")
+    assert (done.returncode, done.stdout.split()[0]) == (0, "keras_mnv2"), done.stderr
+
+
+@once
+def test_a_variable_that_names_a_missing_backend_is_named(tmp_path):
+    done = alone(tmp_path, "torch", "--version", named="jax")
+    assert done.returncode
+    assert done.stderr.splitlines()[-1] == "ImportError: KERAS_BACKEND must be torch, which is installed, got 'jax'."
+    done = alone(tmp_path, "", "--version")
+    assert "keras_mnv2 needs TensorFlow, JAX or PyTorch: pip install" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("installed", "environment", "written", "expected"),
+    [
+        (["tensorflow", "jax", "torch"], {}, None, None),
+        (["torch"], {}, None, "torch"),
+        (["jax", "torch"], {}, "tensorflow", "jax"),
+        (["jax", "torch"], {}, "torch", None),
+        (["jax"], {"KERAS_BACKEND": "jax"}, "tensorflow", None),
+        (["jax"], {"KERAS_BACKEND": ""}, None, "jax"),
+        (["jax"], {"KERAS_BACKEND": "numpy"}, None, None),
+        (["jax"], {}, "openvino", None),
+    ],
+)
+def test_which_backend_is_taken(installed, environment, written, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in installed else None)
+    if written:
+        (tmp_path / "keras.json").write_text(json.dumps({"backend": written}))
+    assert other_backend({"KERAS_HOME": str(tmp_path), **environment}) == expected

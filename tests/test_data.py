@@ -1,5 +1,6 @@
 """Reading of data sets: what is in which split, in which order, under which label."""
 
+import dataclasses
 import io
 
 import keras
@@ -9,6 +10,8 @@ from PIL import Image
 
 import keras_mnv2
 from training import data
+from training.batches import evaluation_batches, training_batches
+from training.recipes import digits
 
 
 def picture(path, value=100, size=(40, 36)):
@@ -46,6 +49,62 @@ def test_a_folder_with_splits_is_read_as_listed(tmp_path):
     image, label = dataset.train[1]
     assert (image.mode, image.size, label) == ("RGB", (40, 36), 0)
     assert dataset.train.name(1) == str(tmp_path / "train/cat/b.jpg")
+
+
+def test_training_and_evaluation_read_a_folder_the_same_way(tmp_path):
+    for name in (
+        "b/2.png",
+        "b/1.TIFF",
+        "b/deep/er/3.jpg",
+        "a/x.tif",
+        "a/B.png",
+        "a/.hidden/y.png",
+        "a/._x.png",
+        ".c/z.png",
+    ):
+        picture(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    (tmp_path / "b" / "loop.png").symlink_to("loop.png")
+    evaluated = keras_mnv2.evaluation_data(tmp_path)
+    parts, names = data.read(str(tmp_path), 32)
+    assert parts["train"].paths == evaluated.paths
+    assert parts["train"].labels.tolist() == evaluated.labels.tolist()
+    assert list(names) == list(evaluated.class_names) == ["a", "b"]
+    assert [str(path.relative_to(tmp_path)) for path in evaluated.paths] == [
+        "a/B.png",
+        "a/x.tif",
+        "b/1.TIFF",
+        "b/2.png",
+        "b/deep/er/3.jpg",
+        "b/loop.png",
+    ]
+    assert (parts["train"].paths, parts["train"].labels.tolist(), names) == keras_mnv2.class_folders(tmp_path)
+
+
+def test_links_that_lead_nowhere_are_unreadable_images(tmp_path):
+    two_classes(tmp_path)
+    (tmp_path / "train" / "a" / "loop.png").symlink_to("loop.png")
+    (tmp_path / "train" / "b" / "gone.png").symlink_to("nothing.png")
+    split = data.read(str(tmp_path), 32)[0]["train"]
+    assert split.fingerprint() == split.fingerprint()
+    batches = evaluation_batches(split, 2, digits.CONFIG)
+    assert len(batches[0][0]) == 2
+    assert batches.told().startswith("2 images could not be read")
+    assert all(name in batches.told() for name in ("loop.png", "gone.png"))
+
+
+@pytest.mark.parametrize("changes", [{"trivial_augment": True}, {"crop_area": 0.5}, {"evaluation_size": 48}])
+def test_digits_take_the_changes_of_photographs(changes):
+    config = dataclasses.replace(digits.CONFIG, **changes)
+    dataset = data.load("digits", 32)
+    images, _ = training_batches(dataset.train, 10, config)[0]
+    test, _ = evaluation_batches(dataset.test, 10, config)[0]
+    size = config.evaluation_size or 32
+    assert (images.shape, test.shape) == ((64, 32, 32, 1), (64, size, size, 1))
+    # Scans of ink, not black.
+    assert images.max(axis=(1, 2, 3)).min() > 30 or config.trivial_augment
+    assert test.max(axis=(1, 2, 3)).min() > 200
+    assert images.mean() > 20
 
 
 def test_a_folder_without_splits_is_divided_class_by_class_and_always_the_same(tmp_path):
@@ -223,10 +282,10 @@ def bad_data(kind, folder):
     ("kind", "message"),
     [
         ("empty", "must be a folder of class folders, got .*which has none"),
-        ("no images", "must have images .* in its class folders, got none in"),
+        ("no images", "dataset must have images .* in its class folders, got none in"),
         ("one class", "must have at least two classes, got one, 'only'"),
         ("one image a class", "must have two images of some class"),
-        ("unknown class", "must have the class folders of the first split, got 'c' too"),
+        ("unknown class", "dataset must have no other classes than the 2 known ones, got 'c' in"),
         ("no train", "must have training images, got only test"),
         ("no labels", r"must hold the arrays x_train and y_train, got \['x_train'\]"),
     ],
@@ -251,11 +310,58 @@ def test_an_unknown_data_set_is_one_sentence(name, tmp_path):
         ((4, 32, 32, 3), [0.5, 1, 2, 2], "labels of train must be whole numbers"),
         ((4, 32, 32, 3), [0, 1, 2], "must have images .* and as many labels"),
         ((4, 32), [0, 1, 2, 2], "must have images"),
+        ((4, 32, 32, 3), [0, 1, np.nan, 2], "labels of train must be whole numbers"),
+        ((4, 32, 32, 3), ["a", "b", "a", "b"], "labels of train must be whole numbers from 0 to 2, got a"),
     ],
 )
 def test_bad_arrays_are_one_sentence(images, labels, message):
     with pytest.raises(ValueError, match=message.replace("-", r"\-")):
         data.from_arrays((np.full(images, 9, "uint8"), np.array(labels)), class_names=["a", "b", "c"])
+
+
+def test_labels_that_are_no_classes_are_refused_without_names():
+    with pytest.raises(ValueError, match=r"labels of train must be whole numbers from 0 to 1048575, got 1099511627776"):
+        data.from_arrays((np.full((2, 32, 32, 3), 9, "uint8"), np.array([0, 2**40])))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "told"),
+    [
+        (np.nan, "float32", "values from nan to nan"),
+        (np.inf, "float16", "values from 90.0 to inf"),
+        (-1, "int16", "values from -1 to 90"),
+        (65535, "uint16", "values from 90 to 65535"),
+        (1, "bool", "values of type bool"),
+        (1, "complex64", "values of type complex64"),
+    ],
+)
+def test_pixels_that_are_none_are_refused(value, dtype, told, tmp_path):
+    images = np.full((4, 32, 32, 3), 90).astype(dtype)
+    images[2, 3, 4, 1] = value
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=np.array([0, 1, 0, 1]))
+    with pytest.raises(ValueError, match=rf"^train must have images with values 0\.\.255, got {told}\.$"):
+        data.load(str(tmp_path / "a.npz"), 32)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "torn", "text", "objects", "array"])
+def test_a_damaged_file_of_arrays_is_one_sentence(kind, tmp_path):
+    path = tmp_path / "a.npz"
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("uint8")
+    np.savez(path, x_train=np.array([{}], object) if kind == "objects" else images, y_train=np.array([0, 1, 0, 1]))
+    content = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    if kind == "torn":
+        path.write_bytes(content[:2000] + bytes(100) + content[2100:])
+    if kind == "text":
+        path.write_text("no arrays")
+    if kind == "array":
+        with open(path, "wb") as file:
+            np.save(file, images)
+    with pytest.raises(ValueError, match=r"^dataset must be a \.npz file.*a\.npz' is not: ") as caught:
+        data.load(str(path), 32)
+    assert "\n" not in str(caught.value)
+    assert kind == "objects" or "pickle" not in str(caught.value)
 
 
 def test_images_between_0_and_1_are_refused():

@@ -85,7 +85,7 @@ def test_what_is_refused(folder, tmp_path):
         refused(tmp_path)
     (tmp_path / "china").mkdir()
     (tmp_path / "china" / ".hidden.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"whose class folders have images \(.bmp, .*whose 1 have none"):
+    with pytest.raises(ValueError, match=r"images must have images \(.bmp, .*in its class folders, got none in"):
         refused(tmp_path)
     with pytest.raises(ValueError, match=r"number, height, width, 3\), got uint8 of shape \(40, 40, 3\)"):
         refused(np.zeros((40, 40, 3), "uint8"))
@@ -101,7 +101,29 @@ def test_what_is_refused(folder, tmp_path):
         refused(folder, [0])
     with pytest.raises(ValueError, match="labels must have one label an image, got 1 for 2 images"):
         refused(np.zeros((2, 40, 40, 3), "uint8"), [0])
+    two = np.zeros((2, 40, 40, 3), "uint8")
+    for labels, message in (
+        ([2**40, 1], "labels must be whole numbers from 0 to 2147483647, got 1099511627776"),
+        ([0, -1], "labels must be whole numbers from 0 to 2147483647, got -1"),
+        (np.array([0, 2**63], "uint64"), "labels must be whole numbers from 0 to 2147483647, got 9223372036854775808"),
+        ([2**70, 0], "labels must be whole numbers, one an image, got object"),
+        ((label for label in (0, 1)), "labels must be a sequence of whole numbers, one an image, got <generator"),
+        (5, "labels must be a sequence of whole numbers, one an image, got 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused(two, labels)
+    with pytest.raises(ValueError, match=r"images must be a folder, a sequence of paths or an array .*, got 5"):
+        refused(5)
     with pytest.raises(ValueError, match="images must hold at least one"):
         refused([])
     with pytest.raises(ValueError, match=r"notes\.txt' cannot be read as an image"):
         refused([folder / "china" / "notes.txt"])[0]
+
+
+def test_labels_of_every_whole_type_are_kept():
+    for dtype in ("int8", "uint8", "int64", "uint64"):
+        data = keras_mnv2.evaluation_data(np.zeros((2, 40, 40, 3), "uint8"), np.array([3, 1], dtype), size=32)
+        assert data.labels.tolist() == [3, 1]
+        assert data.labels.dtype == np.int32
+    data = keras_mnv2.evaluation_data(np.zeros((1, 40, 40, 3), "uint8"), [2**31 - 1])
+    assert data.labels.tolist() == [2**31 - 1]

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import keras_mnv2
-from tests.conftest import once
+from tests.conftest import once, once_on
 from tests.helpers import note, randomise
 
 ROOT = Path(__file__).parent.parent
-MATRIX = [
+FORMATS = [
     ("tf_saved_model", "float32", "model"),
     ("onnx", "float32", "model.onnx"),
     ("litert", "float32", "model.tflite"),
@@ -27,6 +27,15 @@ MATRIX = [
     ("litert", "int8", "model.tflite"),
     ("openvino", "float32", "model.xml"),
     ("torch", "float32", "model.pt2"),
+]
+# Each format on one backend, and each way to it: from this process, and through another.
+HERE = {
+    "tensorflow": ("tf_saved_model", "onnx", "openvino", "litert float16"),
+    "jax": ("tf_saved_model", "torch", "litert int8"),
+    "torch": ("torch", "onnx", "litert float32", "litert dynamic_int8", "litert int8"),
+}[keras.backend.backend()]
+MATRIX = [
+    pytest.param(*row, marks=[] if {row[0], f"{row[0]} {row[1]}"} & set(HERE) else pytest.mark.slow) for row in FORMATS
 ]
 ROWS = [(1, 16, 1, 1), (6, 24, 2, 2)]
 # Most that is lost of float32: largest difference, mean absolute error, share of images with another class.
@@ -83,7 +92,7 @@ def exported(decided, tmp_path_factory):
         if (format, precision) in reports:
             return reports[format, precision]
         model, images = decided
-        name = next(name for f, _, name in MATRIX if f == format)
+        name = next(name for f, _, name in FORMATS if f == format)
         reports[format, precision] = keras_mnv2.export(
             model,
             tmp_path_factory.mktemp("exported") / "out" / name,
@@ -123,6 +132,7 @@ def test_every_format_gives_the_models_numbers_in_its_own_runtime(format, precis
     note(f"{format} {precision}: mean absolute error", report.mean_absolute_error)
 
 
+@once_on("tensorflow")
 def test_a_saved_model_has_names_labels_and_any_batch(decided, exported):
     import tensorflow as tf
 
@@ -141,6 +151,7 @@ def test_a_saved_model_has_names_labels_and_any_batch(decided, exported):
     assert not [name for name in names if "BatchNorm" in name or name == "Rsqrt"]
 
 
+@once
 def test_an_onnx_file_is_standard_and_lean(exported):
     import onnx
 
@@ -159,6 +170,7 @@ def test_an_onnx_file_is_standard_and_lean(exported):
     assert kernels == {(1, 1), (3, 3)}
 
 
+@once
 @pytest.mark.parametrize("io_dtype", ["int8", "uint8"])
 def test_full_integer_files_hold_integers_alone(io_dtype, decided, exported, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
@@ -177,6 +189,7 @@ def test_full_integer_files_hold_integers_alone(io_dtype, decided, exported, tmp
     assert report.top1_agreement >= 0.8
 
 
+@once_on("tensorflow")
 def test_features_of_images_of_any_size(tmp_path):
     # PyTorch traces the padding of uneven sides with symbols.
     features = small(include_top=False, features=["stride_4", "block_1_expand"], input_shape=(None, None, 3))
@@ -190,7 +203,7 @@ def test_features_of_images_of_any_size(tmp_path):
         np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
 
 
-@once
+@once_on("tensorflow")
 def test_a_users_sequential_model_and_mixed_precision(tmp_path):
     backbone = small(include_top=False, pooling="avg")
     user = keras.Sequential(
@@ -260,7 +273,7 @@ def test_what_cannot_be_folded_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@once
+@once_on("tensorflow")
 def test_a_path_that_exists_is_kept_unless_it_may_be_replaced(decided, tmp_path):
     model, images = decided
     (tmp_path / "notes").mkdir()
@@ -299,6 +312,10 @@ def test_a_path_that_exists_is_kept_unless_it_may_be_replaced(decided, tmp_path)
         ({"labels": ["a", "b"]}, 'labels must be "imagenet" or 5 names of one line each, got 2 of them'),
         ({"labels": "imagenet"}, "labels must be .*, got 1000 of them"),
         ({"labels": "abcde"}, "labels must be .*, got 'abcde'"),
+        ({"labels": [1, 2, 3, 4, 5]}, r"labels must be .*, got \[1, 2, 3, 4, 5\]"),
+        ({"labels": ["a", "b", "c", "d", None]}, r"labels must be .*, got \['a', .*, None\]"),
+        ({"labels": 5}, "labels must be .*, got 5"),
+        ({"labels": (name for name in "abcd")}, "labels must be .*, got 4 of them"),
         ({"format": "onnx", "labels": list("abcde")}, "labels must be left out"),
         ({"path": "model.bin", "format": "onnx"}, r"path must end in '\.onnx' for format='onnx', got '.*model\.bin'"),
     ],
@@ -339,6 +356,7 @@ def test_every_extra_that_an_error_names_exists():
     assert {how.extra for how in formats if how.packages} <= extras
 
 
+@once_on("tensorflow")
 def test_an_export_that_differs_leaves_nothing(tmp_path, monkeypatch):
     model = small(classifier_activation=None)
     answer = model.predict
@@ -348,6 +366,7 @@ def test_an_export_that_differs_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@once
 def test_integers_that_say_nothing_of_the_model_are_refused(decided, tmp_path, monkeypatch):
     model, images = decided
     answer = model.predict
@@ -361,6 +380,7 @@ def test_integers_that_say_nothing_of_the_model_are_refused(decided, tmp_path, m
 STEPS = ("graphs", "runtimes") if keras.backend.backend() == "jax" else ("graphs", "converters", "runtimes")
 
 
+@once
 @pytest.mark.parametrize("part", STEPS)
 def test_a_failing_step_is_one_sentence_and_leaves_nothing(part, tmp_path, monkeypatch):
     broken = tmp_path / "broken.py"
@@ -387,18 +407,40 @@ keras_mnv2.export(model, sys.argv[1], sys.argv[2])
 """
 
 
-@once
-def test_an_interrupted_export_leaves_nothing(tmp_path):
+@once_on("tensorflow")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(number, tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "a.xml"), "openvino"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not list(tmp_path.iterdir()):
             assert process.poll() is None
             time.sleep(0.1)
         time.sleep(1)  # By then a child is at work.
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) != 0
-        assert "KeyboardInterrupt" in process.stderr.read()
+        process.send_signal(number)
+        assert process.wait(30) == -number
+        assert ("KeyboardInterrupt" in process.stderr.read()) == (number == signal.SIGINT)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["saved_model", "a.onnx"])
+def test_what_got_the_name_meanwhile_is_kept(name, tmp_path):
+    results, scratch = tmp_path / "results", tmp_path / "scratch"
+    for folder in (results, scratch):
+        folder.mkdir()
+
+    def write(path, text):
+        if path.suffix:
+            path.write_text(text)
+        else:
+            path.mkdir()
+            (path / "saved_model.pb").write_text(text)
+
+    write(results / name, "second")
+    write(tmp_path / name, "first")
+    with pytest.raises(ValueError, match=r"path must be new, got .*, which something else has written meanwhile"):
+        sys.modules["keras_mnv2.export"]._move(results, tmp_path / name, scratch, False)
+    path = tmp_path / name
+    assert (path if path.suffix else path / "saved_model.pb").read_text() == "first"
 
 
 def test_a_model_of_two_inputs_is_refused(tmp_path):
@@ -411,9 +453,14 @@ def test_a_model_of_two_inputs_is_refused(tmp_path):
 def test_load_export_names_what_it_can_load(tmp_path):
     with pytest.raises(ValueError, match=r"path must be a SavedModel or end in \.onnx, .*, got '.*a\.gguf'"):
         keras_mnv2.load_export(tmp_path / "a.gguf")
+    for name in ("a.onnx", "a.tflite", "a.xml", "a.pt2", "a.keras"):
+        with pytest.raises(FileNotFoundError, match=f"path must be an exported file that exists, got '.*{name}'"):
+            keras_mnv2.load_export(tmp_path / name)
+    with pytest.raises(ValueError, match="path must be a path, got 5"):
+        keras_mnv2.load_export(5)
 
 
-@once
+@once_on("tensorflow")
 def test_the_documentations_code_runs_without_keras(decided, exported, tmp_path):
     images = decided[1][:6]
     np.save(tmp_path / "images.npy", images)
@@ -447,17 +494,20 @@ def test_a_move_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     for name in ("a.bin", "a.xml"):
         (results / name).write_text("new")
         (tmp_path / name).write_text("old")
-    rename = Path.rename
 
-    def full(self, target):
-        if self == results / "a.xml":
-            raise OSError("No space left on device")
-        return rename(self, target)
+    def full(move):
+        def moved(source, target):
+            if source == results / "a.xml":
+                raise OSError("No space left on device")
+            return move(source, target)
 
-    monkeypatch.setattr(Path, "rename", full)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", full(Path.rename))
+    monkeypatch.setattr(os, "link", full(os.link))
     with pytest.raises(OSError, match="No space left"):
-        sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch)
+        sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch, True)
     assert [(tmp_path / name).read_text() for name in ("a.bin", "a.xml")] == ["old", "old"]
     monkeypatch.undo()
-    sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch)
+    sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch, True)
     assert [(tmp_path / name).read_text() for name in ("a.bin", "a.xml")] == ["new", "new"]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.conftest import once
+from tests.conftest import marks, once, once_on
 from tests.helpers import note
 from training import callbacks, checkpoints, fitting, train, transfer
 from training.checkpoints import Folder
@@ -108,6 +108,7 @@ def test_a_transfer_goes_on_without_its_head_phase(dataset, monkeypatch, tmp_pat
     assert found["head_test_accuracy"] == whole["head_test_accuracy"]
 
 
+@once
 def test_the_features_of_a_head_are_computed_once(dataset, monkeypatch, tmp_path):
     changes = {"head_epochs": 2, "epochs": 0, "dropout": 0.2}
     monkeypatch.setattr(transfer, "FEATURE_BATCHES", 3)
@@ -177,6 +178,7 @@ def test_quantisation_aware_training_goes_on(dataset, monkeypatch, tmp_path):
     assert found["int8_aware_tflite_test_accuracy"] == expected["int8_aware_tflite_test_accuracy"]
 
 
+@once
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_weights(dataset, tmp_path):
     config = runs.settings(dataset, tmp_path / "run", learning_rate=1e30, checkpoint_steps=1)
     with pytest.raises(
@@ -194,7 +196,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_weights(d
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "checkpoints", "last_good.keras"}
 
 
-@once
+@once_on("tensorflow")
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -253,7 +255,11 @@ def killed(words, folder, kills, chance):
     return places
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(2, 1), pytest.param(24, 2, marks=SLOW)], ids=["a few", "many"])
+@pytest.mark.parametrize(
+    ("kills", "seed"),
+    [pytest.param(2, 1, marks=marks("tensorflow")), pytest.param(24, 2, marks=SLOW)],
+    ids=["a few", "many"],
+)
 def test_a_killed_run_ends_as_if_it_had_not_been(kills, seed, dataset, uninterrupted, tmp_path):
     chance, places = random.Random(seed), []
     for number in range(kills):
@@ -267,7 +273,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(kills, seed, dataset, uninterru
     assert len(places) >= kills
 
 
-@once
+@SLOW
 def test_a_run_goes_from_one_backend_to_the_next(dataset, tmp_path):
     changes = {"dataset": dataset, "ema": 0.9}
     relay, alone = str(tmp_path / "relay"), str(tmp_path / "alone")
@@ -316,7 +322,7 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(dataset, uninterrupt
     runs.assert_same(runs.outcome(out), uninterrupted)
 
 
-@once
+@once_on("tensorflow")
 def test_a_vanished_run_folder_ends_in_a_sentence(dataset, monkeypatch, tmp_path):
     original = callbacks.Safety.on_train_batch_begin
 
@@ -338,6 +344,7 @@ def test_a_run_folder_that_cannot_be_written_ends_in_a_sentence(dataset, tmp_pat
         train.run(runs.settings(dataset, tmp_path / "file" / "run"))
 
 
+@once_on("tensorflow")
 def test_ctrl_c_ends_the_command_with_a_line_and_status_130(dataset, tmp_path):
     process = runs.start("training", runs.flags(dataset, tmp_path / "run", epochs=50), BACKEND)
     runs.read_until(process, "Epoch 2/50")

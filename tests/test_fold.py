@@ -4,6 +4,7 @@ import pytest
 
 import keras_mnv2
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual, ScaleShift
+from tests.conftest import ONCE
 from tests.helpers import double_precision, note, randomise, relative_difference
 
 SIZE = (32, 32, 3)
@@ -47,7 +48,7 @@ def names_without_norms(model):
     return [layer.name for layer in model.layers if not isinstance(layer, keras.layers.BatchNormalization)]
 
 
-@pytest.mark.parametrize("block", [None, InvertedResidual])
+@pytest.mark.parametrize("block", [None, pytest.param(InvertedResidual, marks=ONCE)])
 @pytest.mark.parametrize(
     "arguments",
     [

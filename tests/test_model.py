@@ -19,6 +19,9 @@ def small(**arguments):
     )
 
 
+FEW = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 1, 2)]
+
+
 def images(rng, size=32, channels=3):
     return rng.uniform(-1, 1, (2, size, size, channels)).astype("float32")
 
@@ -132,6 +135,14 @@ def test_what_is_forbidden_is_a_value_error_that_names_it(data):
         small(**{argument: value})
 
 
+def _no_layer(*args, **arguments):
+    return None
+
+
+def _no_arguments():
+    return keras.layers.Identity()
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
     [
@@ -142,12 +153,30 @@ def test_what_is_forbidden_is_a_value_error_that_names_it(data):
         ("input_shape", (32, 32)),
         ("input_shape", (32, 32, 0)),
         ("input_shape", (32, 32, None)),
+        ("input_shape", (10**9, 32, 3)),
+        ("input_shape", (32, 32, 10**9)),
+        ("classes", 10**9),
         ("inverted_residual_setting", [(1, 16, 1)]),
         ("inverted_residual_setting", [(1, 16, 1, 3)]),
         ("padding", "valid"),
         ("block", "bottleneck"),
+        ("block", int),
+        ("block", dict),
+        ("block", _no_layer),
+        ("block", _no_arguments),
         ("activation", "relu7"),
         ("norm_layer", "instance_norm"),
+        ("norm_layer", {"class_name": "x"}),
+        ("norm_layer", {"class_name": "Dense", "config": {}}),
+        ("norm_layer", keras.layers.Dense),
+        ("norm_layer", keras.optimizers.SGD),
+        ("dtype", "int8"),
+        ("dtype", "int32"),
+        ("dtype", "complex64"),
+        ("dtype", "int8_from_float32"),
+        ("dtype", "mixed_int8"),
+        ("dtype", 0),
+        ("dtype", keras.DTypePolicy("int32")),
         ("norm_momentum", 1.5),
         ("norm_epsilon", 0),
         ("classes", 0),
@@ -169,6 +198,14 @@ def test_a_bad_argument_is_named_with_its_value(argument, value):
         small(**{argument: value})
     shown = {"input_tensor": "str"}.get(argument, str(value))
     assert shown in str(error.value) or isinstance(value, list)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("alpha", 100), ("round_nearest", 10**6), ("classes", 2**28)], ids=lambda v: str(v)
+)
+def test_what_no_machine_holds_is_refused_before_it_is_built(argument, value):
+    with pytest.raises(ValueError, match=rf"{argument}.* must give at most 268,435,456 parameters, got [\d,]+\."):
+        keras_mnv2.MobileNetV2((32, 32, 3), weights=None, **{argument: value})
 
 
 def test_features_must_be_known_and_without_top():
@@ -245,10 +282,10 @@ def test_output_stride_computes_what_the_strides_skip(rng):
 
 
 def test_a_dynamic_model_takes_every_size(rng):
-    dynamic = small(input_shape=(None, None, 3))
+    dynamic = small(input_shape=(None, None, 3), inverted_residual_setting=FEW)
     randomise(dynamic, rng)
     for size in (32, 45, 64):
-        static = small(input_shape=(size, size, 3))
+        static = small(input_shape=(size, size, 3), inverted_residual_setting=FEW)
         static.set_weights(dynamic.get_weights())
         x = images(rng, size)
         assert relative_difference(dynamic.predict(x, verbose=0), static.predict(x, verbose=0)) <= 1e-5
@@ -256,8 +293,8 @@ def test_a_dynamic_model_takes_every_size(rng):
 
 @pytest.mark.parametrize("padding", ["same", pytest.param("symmetric", marks=pytest.mark.slow)])
 def test_channels_first_gives_the_numbers_of_channels_last(padding, rng):
-    last = small(padding=padding, data_format="channels_last")
-    first = small(padding=padding, input_shape=(3, 32, 32), data_format="channels_first")
+    last = small(padding=padding, data_format="channels_last", inverted_residual_setting=FEW)
+    first = small(padding=padding, input_shape=(3, 32, 32), data_format="channels_first", inverted_residual_setting=FEW)
     randomise(last, rng)
     first.set_weights(last.get_weights())
     x = images(rng)
@@ -269,7 +306,7 @@ def test_channels_first_gives_the_numbers_of_channels_last(padding, rng):
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_computes_low_and_ends_in_float32(policy, rng):
-    exact, low = small(), small(dtype=policy)
+    exact, low = small(inverted_residual_setting=FEW), small(dtype=policy, inverted_residual_setting=FEW)
     low.set_weights(exact.get_weights())
     assert low.get_layer("block_3_expand").compute_dtype == policy.removeprefix("mixed_")
     assert {w.dtype for w in low.weights} == {"float32"}
@@ -282,7 +319,8 @@ def test_mixed_precision_computes_low_and_ends_in_float32(policy, rng):
 
 
 def test_include_preprocessing_takes_raw_pixels(rng):
-    raw, scaled = small(include_preprocessing=True), small()
+    scaled = small(inverted_residual_setting=FEW)
+    raw = small(include_preprocessing=True, inverted_residual_setting=FEW)
     raw.set_weights(scaled.get_weights())
     x = rng.integers(0, 256, (2, 32, 32, 3)).astype("uint8")
     prepared = keras.ops.convert_to_numpy(keras_mnv2.preprocess_input(x))
@@ -301,21 +339,21 @@ def test_another_block_is_used_everywhere(rng):
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".keras"])
 def test_weights_come_from_a_file_of_this_package(suffix, tmp_path, rng):
-    model = small()
+    model = small(inverted_residual_setting=FEW)
     path = tmp_path / f"model{suffix}"
     model.save(path) if suffix == ".keras" else model.save_weights(path)
     x = images(rng)
-    found = small(weights=path).predict(x, verbose=0)
+    found = small(weights=path, inverted_residual_setting=FEW).predict(x, verbose=0)
     assert np.array_equal(found, model.predict(x, verbose=0))
     with pytest.raises(ValueError, match=r"shape|weight"):
-        small(weights=path, alpha=1.0)
+        small(weights=path, alpha=1.0, inverted_residual_setting=FEW)
 
 
 def test_fit_learns_and_validates_in_its_first_epochs(rng):
     labels = rng.integers(0, 2, 256)
     x = rng.normal(0, 0.3, (256, 32, 32, 3)).astype("float32")
     x[labels == 1, ::2] += 1
-    model = small(classes=2)
+    model = small(classes=2, inverted_residual_setting=FEW)
     model.compile(keras.optimizers.Adam(5e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
     history = model.fit(x, labels, batch_size=16, epochs=6, validation_split=0.25, verbose=0)
     assert max(history.history["val_accuracy"]) >= 0.95
@@ -329,3 +367,11 @@ def test_a_model_with_a_head_is_saved_and_loaded(tmp_path, rng):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert np.array_equal(loaded.predict(x, verbose=0), expected)
+
+
+@pytest.mark.parametrize(
+    "dtype", [None, "float16", "mixed_bfloat16", "float32", keras.DTypePolicy("float32"), np.float32]
+)
+def test_a_dtype_of_floats_is_the_models(dtype):
+    expected = keras.dtype_policies.get(keras.config.dtype_policy() if dtype is None else dtype)
+    assert small(dtype=dtype).layers[1].compute_dtype == expected.compute_dtype

@@ -460,6 +460,41 @@ def test_decode_predictions_takes_tensors_and_low_precision(rng):
     assert float(low[2]) == pytest.approx(scores.max(), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    ["bool", "int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "longdouble"],
+)
+def test_decode_predictions_takes_every_type_of_number(dtype):
+    scores = np.zeros((2, 1000), dtype)
+    scores[0, 283] = scores[1, 2] = scores[1, 7] = 1
+    if dtype.startswith("int"):
+        # Whose negative is itself.
+        scores[:, 0] = np.iinfo(dtype).min
+    expected = [[283, 1 if dtype.startswith("int") else 0], [2, 7]]
+    found = [[entry[:2] for entry in row] for row in decode_predictions(scores, top=2)]
+    assert found == [[timm_labels()[i] for i in row] for row in expected]
+
+
+def test_whole_numbers_are_compared_without_rounding():
+    scores = np.full((1, 1000), 2**53, "int64")
+    scores[0, 9] += 1
+    assert decode_predictions(scores, top=1)[0][0][:2] == timm_labels()[9]
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (np.where(np.arange(1000) == 7, np.nan, 0.1)[None], "preds must be numbers, got NaN for 1 of 1 images"),
+        (np.zeros((1, 1000), "complex64"), "preds must be real numbers, got values of type complex64"),
+        (np.zeros((1, 1000), "str"), "preds must be real numbers, got values of type <U1"),
+        (np.zeros((1, 1000), object), "preds must be real numbers, got values of type object"),
+    ],
+)
+def test_scores_that_are_no_numbers_are_named(scores, message):
+    with pytest.raises(ValueError, match=message):
+        decode_predictions(scores)
+
+
 def test_the_first_of_1001_classes_is_the_background():
     scores = np.zeros((2, 1001))
     scores[0, [0, 1, 283]] = 3, 2, 1

@@ -49,22 +49,6 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "least"),
-    [("keep_checkpoints", 0, 1), ("checkpoint_steps", 0, 1), ("checkpoint_seconds", -1.0, 0)],
-)
-def test_an_unfit_field_is_refused_before_anything_is_written(field, value, least, folder):
-    config = dataclasses.replace(settings(folder, **{field: value}), run_dir=folder / "new")
-    with pytest.raises(ValueError, match=f"{field} must be at least {least}, got {value}"):
-        train.run(config)
-    assert not (folder / "new").exists()
-
-
-def test_resume_needs_a_folder(folder):
-    with pytest.raises(ValueError, match="resume needs run_dir"):
-        train.run(dataclasses.replace(settings(folder), run_dir=None, resume=True))
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({}, "or resume given to go on in it"),

@@ -11,7 +11,6 @@ import keras_mnv2
 from tests import twins
 from tests.helpers import note, relative_difference
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
 WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
 NORM = keras.layers.BatchNormalization
 NAMED = ("Conv1", "block_2_add", "block_13_expand_relu", "block_16_project", "Conv_1", "out_relu")

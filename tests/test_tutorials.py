@@ -6,12 +6,10 @@ activation visualization", in words of our own.
 
 import keras
 import numpy as np
-import pytest
 
 from tests import twins
 from tests.helpers import relative_difference
 
-pytestmark = pytest.mark.usefixtures("light_compilation")
 SKIPS = (
     "block_1_expand_relu",
     "block_3_expand_relu",

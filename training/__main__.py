@@ -3,12 +3,12 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 
-import tyro
-
-from training import memory
+from training import memory, ranges
 from training.config import Config
 from training.recipes import cifar10, digits, paper, torchvision, torchvision_v2, transfer
+from training.stopping import fail
 
 RECIPES = {
     "digits": digits,
@@ -23,18 +23,8 @@ DEFAULT = "digits"
 
 def main() -> None:
     """Runs the recipe that the command line names, `digits` by default."""
-    arguments = sys.argv[1:]
-    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else DEFAULT
-    if name not in RECIPES:
-        sys.exit(f"The recipe must be one of {', '.join(RECIPES)}, got {name!r}.")
-    listing = "\n\n".join(f"{recipe}: {module.__doc__.splitlines()[0]}" for recipe, module in RECIPES.items())
-    config = tyro.cli(
-        Config,
-        prog=f"python -m training {name}",
-        description=f"Trains MobileNetV2. Recipes (the first argument; {DEFAULT} by default):\n\n{listing}",
-        default=RECIPES[name].CONFIG,
-        args=arguments,
-    )
+    name, arguments = split(sys.argv[1:])
+    config = settings(name, arguments)
     # After the parsing, so that --help does not wait for a backend.
     from training.stopping import Stopped
     from training.train import run
@@ -42,12 +32,33 @@ def main() -> None:
     try:
         run(config, repeated(name, arguments))
     except (ValueError, ImportError, OSError) as error:
-        sys.exit(f"{error}")
+        fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
     except Stopped as stopped:
         print(f"\n{stopped}", file=sys.stderr, flush=True)
         sys.exit(128 + stopped.signal)
+
+
+def split(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe's name, `digits` where there is none, and the fields."""
+    if words and not words[0].startswith("-"):
+        return words[0], list(words[1:])
+    return DEFAULT, list(words)
+
+
+def settings(name: str, arguments: list[str]) -> Config:
+    """The settings that a command line means; ends the process with one sentence where they are not allowed."""
+    if name not in RECIPES:
+        fail(f"The recipe must be one of {', '.join(RECIPES)}, got {name!r}.")
+    listing = "\n\n".join(f"{recipe}: {module.__doc__.splitlines()[0]}" for recipe, module in RECIPES.items())
+    return ranges.parsed(
+        Config,
+        prog=f"python -m training {name}",
+        description=f"Trains MobileNetV2. Recipes (the first argument; {DEFAULT} by default):\n\n{listing}",
+        default=RECIPES[name].CONFIG,
+        args=arguments,
+    )
 
 
 def repeated(recipe: str, arguments: list[str]) -> str:

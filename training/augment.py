@@ -51,7 +51,9 @@ def change_image(image: Any, config: Config, rng: np.random.Generator) -> np.nda
 
 
 def picture_of(image: Any) -> Image.Image:
-    """A Pillow image, or an array of bytes (height, width, 1 or 3), as a Pillow image in RGB."""
+    """A Pillow image, or an array (height, width, 1 or 3) of 0..255, as a Pillow image in RGB."""
+    if isinstance(image, np.ndarray):
+        image = np.clip(np.round(image), 0, 255).astype("uint8")
     return keras_mnv2.load_image(image[..., 0] if channels_of(image) == 1 else image)
 
 

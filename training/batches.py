@@ -201,13 +201,23 @@ class Batches(keras.utils.PyDataset):
         return None
 
 
+def centre_crop(size: int, weights: str | None = None, resize: int | None = None) -> keras_mnv2.Preprocessing:
+    """How photographs are resized and cropped for an evaluation.
+
+    Args:
+        size: side of the images, in pixels.
+        weights: whose way it is, where they are published.
+        resize: shorter side before the crop; by default that of the weights, or 256 for each 224 pixels.
+    """
+    known = {checkpoint.name: checkpoint.preprocessing for checkpoint in keras_mnv2.list_weights()}
+    how = known.get(weights or "", keras_mnv2.Preprocessing(RESIZE, CROP, crop_rounding="round"))
+    resize = resize or how.resize * size // how.crop
+    return keras_mnv2.Preprocessing(resize, size, how.interpolation, how.mean, how.std, how.crop_rounding)
+
+
 def preprocessing(config: Config) -> keras_mnv2.Preprocessing:
     """How the photographs of validation and test are resized and cropped."""
-    size = config.evaluation_size or config.image_size
-    known = {checkpoint.name: checkpoint.preprocessing for checkpoint in keras_mnv2.list_weights()}
-    how = known.get(config.weights or "", keras_mnv2.Preprocessing(RESIZE, CROP, crop_rounding="round"))
-    resize = config.resize or how.resize * size // how.crop
-    return keras_mnv2.Preprocessing(resize, size, how.interpolation, how.mean, how.std, how.crop_rounding)
+    return centre_crop(config.evaluation_size or config.image_size, config.weights, config.resize)
 
 
 def training_batches(split: Split, classes: int, config: Config, share: tuple[int, int] = (0, 1)) -> Batches:
@@ -226,19 +236,30 @@ def training_batches(split: Split, classes: int, config: Config, share: tuple[in
         prepare,
         lambda images, labels, seed, first, size: augment.change_batch(images, labels, config, seed, first, size),
         config.seed,
-        workers(config),
+        config.workers or cores(),
         share,
     )
 
 
 def evaluation_batches(split: Split, classes: int, config: Config, share: tuple[int, int] = (0, 1)) -> Batches:
+    """Batches of validation and test."""
+    return ordered_batches(split, classes, preprocessing(config), config.batch_size, config.workers, share)
+
+
+def ordered_batches(
+    split: Split,
+    classes: int,
+    how: keras_mnv2.Preprocessing,
+    batch_size: int,
+    workers: int | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Batches:
     """Batches in the split's order, of the centre of each image."""
-    how = preprocessing(config)
 
     def prepare(image, rng):
         return resized(image, how, how.crop)
 
-    return Batches(split, classes, config.batch_size, prepare, workers=workers(config), share=share)
+    return Batches(split, classes, batch_size, prepare, workers=workers or cores(), share=share)
 
 
 def read_scores(
@@ -290,6 +311,6 @@ def resized(image: Any, how: keras_mnv2.Preprocessing, size: int) -> np.ndarray:
     return keras_mnv2.resize_and_crop(augment.picture_of(image), how, size)[..., : augment.channels_of(image)]
 
 
-def workers(config: Config) -> int:
-    """Threads that make batches."""
-    return config.workers or min(MOST_WORKERS, os.cpu_count() or 1)
+def cores() -> int:
+    """Threads that make batches, where nobody says how many."""
+    return min(MOST_WORKERS, os.cpu_count() or 1)

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
 from training import report
 from training.contenders import KERAS, PEERS
 from training.peers import PRODUCT_SIDE, Spec
+from training.ranges import Amount, Count, MaybeCount, checked, parsed
+from training.stopping import fail
 from training.turns import QUIET, Bench, Contender
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -51,7 +51,7 @@ class Options:
     """Width multiplier."""
     size: int = 224
     """Side of the images, in pixels."""
-    batch: int | None = None
+    batch: MaybeCount = None
     """Images a call, but for latency; by default 32 for inference, 16 for training and fit."""
     fold: bool = True
     """Fold the batch norms of keras_mnv2 for inference."""
@@ -59,17 +59,16 @@ class Options:
     """A whole model as .keras for `exports`, instead of random weights."""
     images: Path | None = None
     """Images for `exports` as .npy, as that model takes them, to calibrate and compare on."""
-    rounds: int = 3
+    rounds: Count = 3
     """Turns that each contender gets."""
-    seconds: float = 3.0
+    seconds: Amount = 3.0
     """Length of a turn; at least three calls are made."""
     out: Path = field(default_factory=lambda: Path("runs") / f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}")
     """Folder for results.json, chart.png and growth.png."""
 
     def __post_init__(self):
-        for name in ("batch", "rounds"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name, kind in (("batch", MaybeCount), ("rounds", Count), ("seconds", Amount)):
+            checked(name, kind, getattr(self, name))
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -246,14 +245,14 @@ def run(options: Options) -> bool:
 def main() -> None:
     """Measures what the command line asks for."""
     try:
-        options = tyro.cli(Options, description=__doc__)
+        options = parsed(Options, description=__doc__)
         # This process computes nothing, but what it imports from here on asks for a backend.
         os.environ.setdefault("KERAS_BACKEND", options.backends[0])
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         cost(options)  # Says what is wrong with alpha or size before anything runs.
         fine = run(options)
     except ValueError as error:
-        sys.exit(f"{error}")
+        fail(error)
     except KeyboardInterrupt:
         sys.exit("Interrupted: results.json has the modes that were complete.")
     print(f"\nresults.json and the charts are in {options.out}")

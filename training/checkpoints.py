@@ -152,8 +152,6 @@ class Folder:
     """
 
     def __init__(self, path: Path, keep: int = 3):
-        if keep < 1:
-            raise ValueError(f"keep_checkpoints must be at least 1, got {keep}.")
         self.path = path
         self.keep = keep
 

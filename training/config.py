@@ -4,42 +4,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from training.ranges import (
+    Amount,
+    Batch,
+    Count,
+    CountOr0,
+    Many,
+    MaybeCount,
+    MaybePart,
+    MaybePixels,
+    MaybePositive,
+    MaybeRate,
+    MaybeSide,
+    Part,
+    Positive,
+    Rate,
+    Seed,
+    Share,
+    Side,
+    Stages,
+    check_all,
+)
+
 
 @dataclass(frozen=True)
 class Config:
-    """A recipe's settings; each is a flag of the command line."""
+    """A recipe's settings; each is a flag of the command line, and is checked when it is made.
+
+    Raises:
+        ValueError: on a setting that is not allowed; it names the setting, its value and what is allowed.
+    """
 
     recipe: str
     """Name of the recipe, which the run folder is named after."""
     dataset: str
     """`digits`, a folder of class folders (or of `train`, `validation` and `test` folders of them), a `.npz` file with
     `x_train`, `y_train` and so on, or a data set of TFDS."""
-    image_size: int
+    image_size: Side
     """Side of the training images, in pixels."""
-    epochs: int
+    epochs: CountOr0
     """Passes over the training images; in a transfer, those of the fine-tuning."""
-    batch_size: int
+    batch_size: Batch
     """Images a step, of all workers together; see `scale_with_devices`."""
-    learning_rate: float
+    learning_rate: Positive
     """Peak of the learning rate."""
     data_dir: Path | None = None
     """Where TFDS keeps its data sets; by default ~/tensorflow_datasets."""
     held_out: bool = True
     """Whether a tenth of the training images stands in for validation images that are missing; if not, the test images
     are the validation."""
-    alpha: float | None = None
+    alpha: MaybePositive = None
     """Width multiplier; by default that of the weights, or 1."""
-    stem_stride: int = 2
+    stem_stride: Literal[1, 2] = 2
     """Stride of the first convolution, 1 or 2."""
-    stages: tuple[tuple[int, int, int, int], ...] | None = None
+    stages: Stages = None
     """Expansion, channels, repeats and stride of each stage; by default Table 2 of the paper."""
-    dropout: float = 0.2
+    dropout: Rate = 0.2
     """Rate before the classifier."""
     weights: str | None = None
     """What the model starts with: a published checkpoint's name, or a file; by default random weights."""
-    head_epochs: int = 0
+    head_epochs: CountOr0 = 0
     """Epochs in which only a new classifier is trained, on the features of the frozen network."""
-    head_learning_rate: float = 0.01
+    head_learning_rate: Positive = 0.01
     """Peak of the learning rate of those epochs."""
     cache_features: bool = True
     """Whether those features are computed once, from images that are not augmented."""
@@ -48,66 +74,66 @@ class Config:
     batch norms work as in inference. By default the whole network is trained, batch norms too."""
     optimizer: Literal["adamw", "sgd", "rmsprop"] = "adamw"
     """AdamW, SGD with momentum, or RMSprop with momentum."""
-    momentum: float = 0.9
+    momentum: Rate = 0.9
     """Of SGD and RMSprop."""
     nesterov: bool = False
     """Whether SGD's momentum is Nesterov's."""
-    weight_decay: float = 0.0
+    weight_decay: Amount = 0.0
     """Of kernels alone, norms and biases have none: AdamW's decoupled decay; for SGD and RMSprop the factor L2 of
     L2 / 2 times the squared weights in the loss, as PyTorch's SGD means it."""
     schedule: Literal["cosine", "exponential", "constant"] = "cosine"
     """How the learning rate goes on from its peak: to 0, times `decay_rate` each epoch, or on the level."""
-    decay_rate: float = 0.98
+    decay_rate: Part = 0.98
     """Factor of the exponential schedule, at the end of each epoch."""
-    warmup_epochs: float = 1.0
+    warmup_epochs: Amount = 1.0
     """Epochs of the linear rise from 0, for each schedule."""
-    label_smoothing: float = 0.0
+    label_smoothing: Rate = 0.0
     """Share of each label that is spread over all classes."""
     class_weights: bool = False
     """Whether images of rare classes count more: by the mean over the number of images of their class."""
-    early_stopping: int = 0
+    early_stopping: CountOr0 = 0
     """Epochs without a better validation accuracy after which training ends, with the best weights; 0 trains all."""
-    ema: float | None = None
+    ema: MaybeRate = None
     """Share of the average of the weights that a step keeps; the average is what is validated, tested and saved."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the activations; variables stay float32."""
-    shift: float = 0.0
+    shift: Share = 0.0
     """Largest random shift and change of scale of a training image, as a fraction of its side."""
-    pad: int = 0
+    pad: CountOr0 = 0
     """Zeros around a training image, of which a random window is cut out; 0 does not."""
-    crop_area: float | None = None
+    crop_area: MaybePart = None
     """Smallest share of a photograph that a random crop covers (Inception's is 0.08); by default the centre crop of the
     evaluation."""
     flip: bool = False
     """Whether half of the training images are mirrored."""
     trivial_augment: bool = False
     """One random operation on each training image (Mueller and Hutter 2021)."""
-    mixup: float = 0.0
+    mixup: Amount = 0.0
     """Alpha of mixup (Zhang et al. 2018); 0 leaves it out. With `cutmix` each batch gets one of the two."""
-    cutmix: float = 0.0
+    cutmix: Share = 0.0
     """Alpha of cutmix (Yun et al. 2019); 0 leaves it out."""
-    erase: float = 0.0
+    erase: Share = 0.0
     """Share of the training images in which a rectangle is erased (Zhong et al. 2020)."""
-    evaluation_size: int | None = None
+    evaluation_size: MaybeSide = None
     """Side of the images in validation and test; by default `image_size`."""
-    resize: int | None = None
+    resize: MaybePixels = None
     """Shorter side of a photograph before the centre crop of the evaluation; by default what the weights were
     evaluated with, or 256 for each 224 pixels."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights, the order of the images and their random changes."""
-    workers: int | None = None
+    workers: Many = None
     """Threads that read and change images; by default one a core, at most 16."""
     run_dir: Path | None = None
     """Folder for the results, new or empty, or with `resume` that of the run; by default runs/RECIPE-BACKEND-TIME."""
     resume: bool = False
     """Whether the run in `run_dir` goes on from its last checkpoint, or starts if there is none."""
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: Amount = 30.0
     """Seconds of training after which a checkpoint is written, at the end of a step."""
-    checkpoint_steps: int | None = None
+    checkpoint_steps: MaybeCount = None
     """Steps after which a checkpoint is written, besides; by default the seconds alone count."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Count = 3
     """Checkpoints that are kept, the newest ones."""
-    devices: int | None = None
+    devices: Many = None
     """Devices that this process trains on, on JAX and TensorFlow; by default all GPUs or TPU cores, or one CPU. More
     than there are CPUs are made of one."""
     scale_with_devices: Literal["no", "linear", "sqrt"] = "no"
@@ -120,10 +146,17 @@ class Config:
     """Whether to write TensorBoard's files into `tensorboard/`, which needs TensorFlow and TensorBoard."""
     saved_model: bool = True
     """Whether to export a SavedModel, which needs TensorFlow on every backend."""
-    steps_per_epoch: int | None = None
+    steps_per_epoch: MaybeCount = None
     """Steps of an epoch, for a short try; by default all images."""
-    quantize_epochs: int = 0
+    quantize_epochs: CountOr0 = 0
     """Epochs of quantisation-aware training after the others; the run folder then gets `model_float32.tflite`,
     `model_int8.tflite` (quantised without it) and `model_int8_aware.tflite`, and their accuracies."""
-    quantize_learning_rate: float = 1e-4
+    quantize_learning_rate: Positive = 1e-4
     """Peak of the learning rate of those epochs."""
+
+    def __post_init__(self):
+        check_all(self)
+        if self.pad >= self.image_size:
+            raise ValueError(f"pad must be less than image_size, {self.image_size}, got {self.pad}.")
+        if self.resume and self.run_dir is None:
+            raise ValueError("resume needs run_dir, the folder of the run that goes on.")

@@ -4,8 +4,10 @@ import abc
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,8 @@ import keras_mnv2
 
 SPLIT_SEED = 0  # Of the split alone: it stays the same whatever the run's seed.
 HELD_OUT = 0.1  # Share of the training images that stands in for a validation or test split that is not there.
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# More classes are a mistake, such as the numbers of the images in the place of labels.
+MOST_CLASSES = 2**20
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
 # Records up to this many bytes of pixels are decoded once and kept.
 IN_MEMORY = 2**30
@@ -84,7 +87,15 @@ class FileSplit(Split):
 
     def fingerprint(self):
         """Of the files' names, with that of the folder that each lies in, sizes and labels; the data set may move."""
-        return _hash(self.labels, *(f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in self.paths))
+        return _hash(self.labels, *(f"{path.parent.name}/{path.name} {_size(path)}" for path in self.paths))
+
+
+def _size(path):
+    """Bytes of a file; None of a link that leads nowhere, which is told when it is read."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 class RecordSplit(Split):
@@ -210,27 +221,33 @@ def from_arrays(
         ValueError: on arrays of another shape, images without labels, or labels out of range.
     """
     given = {"train": train, "validation": validation, "test": test}
-    largest = max((int(np.max(y)) for _, y in filter(None, given.values()) if np.size(y)), default=0)
-    names = tuple(class_names or map(str, range(largest + 1)))
-    found: dict[str, Split] = {}
-    for part, pair in given.items():
-        if pair is None:
-            continue
-        x, y = (np.asarray(array) for array in pair)
-        x = x[..., None] if x.ndim == 3 else x
-        y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-        if x.ndim != 4 or y.ndim != 1 or len(x) != len(y) or not len(x):
-            raise ValueError(f"{part} must have images (number, height, width, channels) and as many labels, "
-                             f"got {x.shape} and {y.shape}.")  # fmt: skip
-        if x.dtype.kind == "f" and x.max() <= 1:
-            raise ValueError(f"{part} must have images with values 0..255, got none above {x.max():g}.")
-        if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= len(names):
-            wrong = y if y.dtype.kind not in "iu" else y[(y < 0) | (y >= len(names))]
-            raise ValueError(f"labels of {part} must be whole numbers from 0 to {len(names) - 1}, got {wrong[0]}.")
-        # Bytes, which are resized as photographs are.
-        whole = x if x.dtype == np.uint8 else np.clip(np.round(x), 0, 255).astype("uint8")
-        found[part] = ArraySplit(whole, y.astype("int64"))
-    return found, names
+    most = len(class_names) if class_names else MOST_CLASSES
+    found = {part: _array_split(part, *pair, most) for part, pair in given.items() if pair is not None}
+    largest = max(int(split.labels.max()) for split in found.values())
+    return dict(found), tuple(class_names or map(str, range(largest + 1)))
+
+
+def _array_split(part, x, y, most):
+    """Checked arrays with labels below `most`."""
+    x, y = np.asarray(x), np.asarray(y)
+    x = x[..., None] if x.ndim == 3 else x
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    if x.ndim != 4 or y.ndim != 1 or len(x) != len(y) or not x.size:
+        raise ValueError(f"{part} must have images (number, height, width, channels) and as many labels, "
+                         f"got {x.shape} and {y.shape}.")  # fmt: skip
+    if x.dtype.kind not in "iuf":
+        raise ValueError(f"{part} must have images with values 0..255, got values of type {x.dtype}.")
+    least, largest = x.min(), x.max()
+    # NaN compares as false.
+    if not (least >= 0 and largest <= 255):
+        raise ValueError(f"{part} must have images with values 0..255, got values from {least} to {largest}.")
+    if x.dtype.kind == "f" and largest <= 1:
+        raise ValueError(f"{part} must have images with values 0..255, got none above {largest:g}.")
+    if y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= most:
+        wrong = y if y.dtype.kind not in "iu" else y[(y < 0) | (y >= most)]
+        raise ValueError(f"labels of {part} must be whole numbers from 0 to {most - 1}, got {wrong[0]}.")
+    # Bytes, which are resized as photographs are.
+    return ArraySplit(x if x.dtype == np.uint8 else np.round(x).astype("uint8"), y.astype("int64"))
 
 
 def _digits(image_size):
@@ -248,13 +265,22 @@ def _digits(image_size):
 
 
 def _arrays(path):
-    with np.load(path, allow_pickle=False) as file:
-        pairs = {part: (f"x_{part}", f"y_{part}") for part in SPLIT_NAMES}
-        if not {"x_train", "y_train"} <= set(file):
-            raise ValueError(f"dataset must hold the arrays x_train and y_train, got {sorted(file)} in {str(path)!r}.")
-        return from_arrays(
-            **{part: (file[x], file[y]) for part, (x, y) in pairs.items() if x in file and y in file},
-        )
+    pairs = {part: (f"x_{part}", f"y_{part}") for part in SPLIT_NAMES}
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"dataset must be a .npz file, which {str(path)!r} is not: it is no whole zip archive.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = sorted(file)
+            arrays = {name: file[name] for name in itertools.chain(*pairs.values()) if name in names}
+    # Whatever zipfile, zlib and NumPy say of what is damaged.
+    except Exception as error:
+        told = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise ValueError(f"dataset must be a .npz file of numbers, which {str(path)!r} is not: {told}.") from error
+    if not {"x_train", "y_train"} <= set(names):
+        raise ValueError(f"dataset must hold the arrays x_train and y_train, got {names} in {str(path)!r}.")
+    return from_arrays(
+        **{part: (arrays[x], arrays[y]) for part, (x, y) in pairs.items() if x in arrays and y in arrays},
+    )
 
 
 def _folder(path):
@@ -263,33 +289,16 @@ def _folder(path):
     if len(parts) < len(folders):
         # Classes, some of which may have such names by chance.
         parts = {"train": path}
-    class_names = _class_names(next(iter(parts.values()), path))
-    found = {part: _class_folders(folder, class_names) for part, folder in parts.items()}
+    found: dict[str, Split] = {}
+    class_names = None
+    for part, place in (parts or {"train": path}).items():
+        try:
+            # The first split has all classes.
+            paths, labels, class_names = keras_mnv2.class_folders(place, class_names)
+        except ValueError as error:
+            raise ValueError(str(error).replace("folder must", "dataset must", 1)) from None
+        found[part] = FileSplit(paths, np.array(labels))
     return found, class_names
-
-
-def _class_names(folder):
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise ValueError(f"dataset must be a folder of class folders, got {str(folder)!r}, which has none.")
-    return tuple(names)
-
-
-def _class_folders(folder, class_names):
-    found = _class_names(folder)
-    if unknown := set(found) - set(class_names):
-        raise ValueError(f"{str(folder)!r} must have the class folders of the first split, got {min(unknown)!r} too.")
-    paths, labels = [], []
-    for label, name in enumerate(class_names):
-        shown = (folder / name).rglob("*") if name in found else ()
-        own = sorted(p for p in shown if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-        paths += own
-        labels += [label] * len(own)
-    if not paths:
-        raise ValueError(
-            f"dataset must have images ({', '.join(SUFFIXES)}) in its class folders, got none in {str(folder)!r}."
-        )
-    return FileSplit(paths, np.array(labels))
 
 
 def _tfds(name, data_dir):

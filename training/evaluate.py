@@ -7,17 +7,18 @@ or a published checkpoint: a name of `keras_mnv2.list_weights()`, an `hf://` add
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
 
 from training import files, metrics
+from training.ranges import Batch, MaybePixels, MaybePositive, checked
+from training.stopping import fail
 
 SPLITS = ("test", "validation", "train", "all")
 SCALES = ("none", "keras")
@@ -103,19 +104,15 @@ def evaluate(
         ImportError: where a runtime or TFDS is needed and missing.
         ConnectionError: where a checkpoint cannot be downloaded.
     """
-    for name, value, choices in (("split", split, SPLITS), ("scale", scale, (None, *SCALES))):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}.")
-    for name, number in (("image_size", image_size), ("resize", resize), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}.")
+    split, scale = checked("split", Literal[SPLITS], split), checked("scale", Literal[None, *SCALES], scale)
+    image_size, resize = checked("image_size", MaybePixels, image_size), checked("resize", MaybePixels, resize)
+    batch_size, alpha = checked("batch_size", Batch, batch_size), checked("alpha", MaybePositive, alpha)
     model = KERAS_OWN if model == "imagenet" else os.fspath(model)
     if model.endswith(".pt2") and Path(model).is_file():
         # What PyTorch loads for it crashes the process when TensorFlow is there first.
         _readable(model, lambda: _input_shape(Path(model)))
     # Here, so that --help does not wait for a backend, and after PyTorch.
     from training import batches, data, train
-    from training.config import Config
 
     run = _settings(Path(model))
     dataset = dataset or run.get("dataset")
@@ -130,16 +127,7 @@ def evaluate(
     if network.size not in (None, size):
         raise ValueError(f"image_size must be {network.size}, as the model {model!r} takes it, got {size}.")
     own = run.get("evaluation_size") or run.get("image_size")
-    config = Config(
-        recipe="evaluate",
-        dataset=dataset,
-        image_size=size,
-        epochs=0,
-        batch_size=batch_size,
-        learning_rate=0.0,
-        weights=run.get("weights") or model,
-        resize=resize or (run.get("resize") if size == own else None),
-    )
+    how = batches.centre_crop(size, run.get("weights") or model, resize or (run.get("resize") if size == own else None))
     parts, names = data.read(dataset, size, data_dir or run.get("data_dir"))
     if split == "all":
         if set(parts) != {"train"}:
@@ -147,7 +135,7 @@ def evaluate(
         images = parts["train"]
     else:
         images = parts.get(split) or getattr(data.complete(parts, names, run.get("held_out", True)), split)
-    ordered = batches.evaluation_batches(images, len(names), config)
+    ordered = batches.ordered_batches(images, len(names), how, batch_size)
 
     # Not timed: the first call compiles.
     width = _first_scores(network, size, batch_size).shape[1]
@@ -166,7 +154,7 @@ def evaluate(
         "dataset": dataset,
         "split": split,
         "image_size": size,
-        "resize": batches.preprocessing(config).resize,
+        "resize": how.resize,
         "batch_size": batch_size,
         **metrics.measures(scores, labels, names),
         "images_per_second": round(len(labels) / seconds, 2),
@@ -219,8 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, results)
     except (ValueError, ImportError, OSError) as error:
-        # Keras's errors may have several lines.
-        sys.exit(" ".join(str(error).split()))
+        fail(error)
     print(text(results))
     if skipped := results["skipped"]:
         print(f"\n{len(skipped)} images could not be read and were skipped:")

@@ -14,12 +14,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
+from training.__main__ import settings, split
 from training.workers import LOST
 
 # After the end of one worker, the others have this long to say what they know before they are told to end.
 PATIENCE = 3.0
 # They may save after that, or after a signal to the launch, but no longer.
 LAST_SECONDS = 60.0
+MOST_PORT = 65535
 
 
 def main() -> int:
@@ -41,6 +43,10 @@ def main() -> int:
         parser.error(f"--processes must be at least 1, got {options.processes}")
     if not 0 <= options.host_number < len(hosts):
         parser.error(f"--host-number must be from 0 to {len(hosts) - 1}, got {options.host_number}")
+    if not 0 <= options.port <= MOST_PORT - options.processes:
+        parser.error(f"--port must be from 0 to {MOST_PORT - options.processes}, got {options.port}")
+    # Once, and not in each worker.
+    settings(*split(options.command))
     if options.port or len(hosts) > 1:
         first = options.port or 29400
         ports = [first + i for i in range(options.processes + 1)]

@@ -78,13 +78,7 @@ def look(config: Config) -> dict[str, Any] | None:
     Raises:
         ValueError: where the folder is neither new nor that of the run that shall go on.
     """
-    for name in ("checkpoint_seconds", "checkpoint_steps"):
-        value, least = getattr(config, name), 1 if name == "checkpoint_steps" else 0
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
     path = config.run_dir
-    if config.resume and path is None:
-        raise ValueError("resume needs run_dir, the folder of the run that goes on.")
     if path is None or not path.exists() or (path.is_dir() and {part.name for part in path.iterdir()} <= {lock.NAME}):
         return None
     if not config.resume:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the step that is going on is ended and saved, everything else stops at once."""
+"""How commands end. On SIGTERM and Ctrl-C the step that is going on is saved, everything else stops at once."""
 
 import contextlib
 import os
@@ -6,10 +6,20 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
 # Seconds after which a step that does not end, such as a compilation, is given up; more where steps are slow.
 GRACE = 8.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# The status of a command whose settings or data are at fault, as argparse has it.
+AT_FAULT = 2
+
+
+def fail(error: object) -> NoReturn:
+    """Ends a command whose caller is at fault with what the error says, in one line."""
+    # Keras's errors may have several.
+    print(" ".join(str(error).split()), file=sys.stderr, flush=True)
+    sys.exit(AT_FAULT)
 
 
 class Stopped(BaseException):

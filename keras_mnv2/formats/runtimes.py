@@ -27,6 +27,7 @@ def load_export(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray
 
     Raises:
         ValueError: where the path ends in none of these and is no SavedModel.
+        FileNotFoundError: where there is no such file.
         ImportError: where the runtime is not installed.
 
     Example:
@@ -36,11 +37,15 @@ def load_export(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray
     >>> {name: y.shape for name, y in load_export("mobilenet.tflite")(np.zeros((2, 32, 32, 3))).items()}
     {'predictions': (2, 10)}
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be a path, got {path!r}.")
     path = Path(path)
     if (path / "saved_model.pb").is_file():
         return _saved_model(path)
     if path.suffix not in _LOADERS:
         raise ValueError(f"path must be a SavedModel or end in {', '.join(_LOADERS)}, got {str(path)!r}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"path must be an exported file that exists, got {str(path)!r}.")
     return _LOADERS[path.suffix](path)
 
 

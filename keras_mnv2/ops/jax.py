@@ -4,6 +4,7 @@ XLA runs grouped convolutions in a slow generic loop on CPUs, forward and backwa
 convolutions of `keras.ops` are the vendor's and stay.
 """
 
+import functools
 import weakref
 from typing import NamedTuple
 
@@ -64,7 +65,9 @@ def note(output, call):
     """
     if isinstance(output, jax.core.Tracer) and _on_cpu() and keras.distribution.distribution() is None:
         key = id(output)
-        _calls[key] = (weakref.ref(output, lambda _: _calls.pop(key, None)), call)
+        # At the end of the process a tensor may outlive the names of this module.
+        forget = functools.partial(_calls.pop, key)
+        _calls[key] = (weakref.ref(output, forget), call)
     return output
 
 

@@ -1,7 +1,8 @@
 """The operations on TensorFlow: its own padding, bias and batch norm kernels.
 
-Channels-first on a CPU, and dilations, go through `keras.ops`, which transposes where TensorFlow has no
-kernel. `jit_compile=True` is never used on a CPU: XLA's depthwise convolution is ten times slower there.
+Channels-first images are transposed on a CPU, where TensorFlow has a kernel for them only with oneDNN, which it takes
+by itself on some processors alone. Dilations go through `keras.ops`. `jit_compile=True` is never used on a CPU: XLA's
+depthwise convolution is ten times slower there.
 """
 
 import tensorflow as tf
@@ -46,6 +47,10 @@ def folds_noted(x):
 
 def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
     """See `keras_mnv2.ops.default.convolution`."""
+    if data_format == "channels_first" and not tf.config.list_physical_devices("GPU"):
+        images = tf.transpose(x, (0, 2, 3, 1))
+        y = convolution(images, kernel, bias, stride=stride, padding=padding, dilation=dilation)
+        return tf.transpose(y, (0, 3, 1, 2))
     if data_format == "channels_first" or dilation > 1:
         return default.convolution(
             x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
@@ -58,6 +63,10 @@ def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, d
 
 def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
     """See `keras_mnv2.ops.default.depthwise_convolution`."""
+    if data_format == "channels_first" and not tf.config.list_physical_devices("GPU"):
+        images = tf.transpose(x, (0, 2, 3, 1))
+        y = depthwise_convolution(images, kernel, bias, stride=stride, padding=padding, dilation=dilation)
+        return tf.transpose(y, (0, 3, 1, 2))
     if data_format == "channels_first" or dilation > 1:
         return default.depthwise_convolution(
             x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format

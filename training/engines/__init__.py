@@ -76,7 +76,7 @@ def start(devices: int | None = None, deterministic: bool = False) -> Engine:
     """The engine that this launch asks for; nothing of the backend may have run before.
 
     Args:
-        devices: of this process; by default all GPUs or TPU cores, or one CPU.
+        devices: of this process, at least 1; by default all GPUs or TPU cores, or one CPU.
         deterministic: whether a GPU computes in a fixed order.
 
     Raises:
@@ -85,8 +85,6 @@ def start(devices: int | None = None, deterministic: bool = False) -> Engine:
     """
     backend = keras.backend.backend()
     refuse_strangers(backend, os.environ)
-    if devices is not None and devices < 1:
-        raise ValueError(f"devices must be at least 1, got {devices}.")
     return _module().start(devices, deterministic)
 
 

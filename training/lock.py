@@ -45,7 +45,7 @@ class Holder:
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Holds a folder, which is made if it is missing, and removed at the end if nothing was put into it.
+    """Holds a folder, which is made if it is missing, and then removed at the end if nothing was put into it.
 
     The file `run.lock` in it is locked by the operating system, which frees it however the process ends, and names its
     holder. Its name counts where such a lock may not reach: from other machines, and where the file system has none.
@@ -55,6 +55,7 @@ def held(folder: Path) -> Iterator[None]:
         OSError: where the folder cannot be made or written.
     """
     own, path = this_process(), folder / NAME
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     with files.told(path):
         descriptor = _take(path, own)
     try:
@@ -64,7 +65,8 @@ def held(folder: Path) -> Iterator[None]:
             # While it is locked: the next one may have it the moment that it is not.
             if _holder(path.read_bytes()[:FILE_BYTES]) == own:
                 path.unlink()
-            folder.rmdir()
+            for one in made:
+                one.rmdir()
         if descriptor is not None:
             os.close(descriptor)
 

@@ -111,11 +111,18 @@ def claimed(config: Config) -> Iterator[Config]:
         OSError: where it cannot be made.
     """
     path = config.run_dir or _new_folder(config)
-    config = dataclasses.replace(config, run_dir=path)
-    with lock.held(path):
-        if look(config) is not None:
-            raise ValueError(f"The run in {path} has just been completed by another process.")
-        yield config
+    new, config = config.run_dir is None, dataclasses.replace(config, run_dir=path)
+    try:
+        with lock.held(path):
+            if look(config) is not None:
+                raise ValueError(f"The run in {path} has just been completed by another process.")
+            yield config
+    finally:
+        if new:
+            # What has no content.
+            with contextlib.suppress(OSError):
+                path.rmdir()
+                path.parent.rmdir()
 
 
 def _new_folder(config):

@@ -18,7 +18,17 @@ settings.load_profile("default")
 BACKENDS = ("tensorflow", "jax", "torch")
 
 # What compiles for numbers that the compiler's optimisations could change, or for speed.
-OPTIMISED = {"test_benchmark", "test_jax", "test_later", "test_ops", "test_parity", "test_training", "test_weights"}
+OPTIMISED = {
+    "test_benchmark",
+    "test_engines",
+    "test_fitting",
+    "test_jax",
+    "test_later",
+    "test_ops",
+    "test_parity",
+    "test_training",
+    "test_weights",
+}
 
 
 def marks(backend="torch"):
@@ -50,7 +60,7 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _light_compilation(request):
     """XLA takes half the time to compile what runs once."""
     if keras.backend.backend() != "jax" or request.module.__name__.rpartition(".")[2] in OPTIMISED:

@@ -342,7 +342,7 @@ def test_a_bad_argument_is_named_in_one_sentence(arguments, message, tmp_path):
 def test_a_missing_package_is_one_sentence_with_the_pip_line(format, missing, pip, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
-    path = tmp_path / next(name for f, _, name in MATRIX if f == format)
+    path = tmp_path / next(name for f, _, name in FORMATS if f == format)
     with pytest.raises(ImportError) as caught:
         keras_mnv2.export(small(), path, format)
     assert str(caught.value) == f'format="{format}" needs {missing}, which is not installed: {pip}.'

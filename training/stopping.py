@@ -11,15 +11,18 @@ from typing import NoReturn
 # Seconds after which a step that does not end, such as a compilation, is given up; more where steps are slow.
 GRACE = 8.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# The status of a command whose settings or data are at fault, as argparse has it.
-AT_FAULT = 2
 
 
 def fail(error: object) -> NoReturn:
-    """Ends a command whose caller is at fault with what the error says, in one line."""
+    """Ends a command with what the error says, in one line."""
     # Keras's errors may have several.
     print(" ".join(str(error).split()), file=sys.stderr, flush=True)
-    sys.exit(AT_FAULT)
+    sys.exit(status_of(error))
+
+
+def status_of(error: object) -> int:
+    """2 where settings or data are at fault, as argparse has it; 1 where the machine is, as when its disk is full."""
+    return 1 if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) else 2
 
 
 class Stopped(BaseException):

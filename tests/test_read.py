@@ -202,7 +202,11 @@ def models():
     """Keras's model and this package's, compiled, so that files have an optimizer too."""
     keras.utils.set_random_seed(0)
     arguments = {"input_shape": (32, 32, 3), "alpha": 0.35, "weights": None, "classes": 10}
-    models = {"keras": keras.applications.MobileNetV2(**arguments), "own": keras_mnv2.MobileNetV2(**arguments)}
+    models = {
+        "keras": keras.applications.MobileNetV2(**arguments),
+        "own": keras_mnv2.MobileNetV2(**arguments),
+        "compact": keras_mnv2.MobileNetV2(**arguments, block=keras_mnv2.layers.InvertedResidual),
+    }
     for model in models.values():
         model.compile("adam", "sparse_categorical_crossentropy")
         model.optimizer.build(model.trainable_variables)
@@ -210,12 +214,12 @@ def models():
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".weights.h5", ".keras"])
-@pytest.mark.parametrize("kind", ["keras", "own"])
+@pytest.mark.parametrize("kind", ["keras", "own", "compact"])
 @pytest.mark.filterwarnings("ignore")
 def test_kerass_files(kind, suffix, models, tmp_path):
     model, path = models[kind], tmp_path / f"file{suffix}"
     (model.save_weights if suffix == ".weights.h5" else model.save)(path)
-    if kind == "own":
+    if kind == "compact":
         expected = model_variables(model)
     else:
         expected = {f"{layer.name}/{v.name}": v for layer in model.layers for v in layer.weights}

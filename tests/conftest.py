@@ -25,7 +25,6 @@ OPTIMISED = {
     "test_jax",
     "test_later",
     "test_ops",
-    "test_parity",
     "test_training",
     "test_weights",
 }

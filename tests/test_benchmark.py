@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.conftest import ONCE
+from tests.conftest import ONCE, once_on
 from tests.helpers import randomise, relative_difference
 from training import benchmark, contenders, exports, peers, report, turns
 from training.contenders import PEERS
@@ -61,6 +61,7 @@ def test_a_training_step_gives_no_number_that_could_be_taken_for_its_seconds(tmp
     assert contenders.keras_call(model, spec)() is None
 
 
+@once_on("tensorflow")
 def test_growth_is_measured_in_a_process_a_point(monkeypatch):
     monkeypatch.setattr(benchmark, "GROWTH_BATCHES", (64,))
     monkeypatch.setattr(benchmark, "GROWTH_SIZES", ())

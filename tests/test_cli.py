@@ -41,6 +41,7 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+@once
 def test_predict(files, capsys):
     folder, model = files
     images = [folder / "china.jpg", folder / "coffee.png"]

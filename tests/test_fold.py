@@ -4,7 +4,7 @@ import pytest
 
 import keras_mnv2
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual, ScaleShift
-from tests.conftest import ONCE
+from tests.conftest import ONCE, once
 from tests.helpers import double_precision, note, randomise, relative_difference
 
 SIZE = (32, 32, 3)
@@ -69,6 +69,7 @@ def test_a_folded_model_gives_the_same_outputs(arguments, block, rng):
     assert not result.non_trainable_weights
 
 
+@once
 def test_a_folded_model_gives_the_same_outputs_in_float32(rng):
     model = small(alpha=1.0, input_shape=(96, 96, 3), classes=1000, inverted_residual_setting=None)
     images = rng.uniform(-1, 1, (16, 96, 96, 3)).astype("float32")

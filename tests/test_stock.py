@@ -146,7 +146,7 @@ for path in sorted(Path(sys.argv[1]).glob("*.keras")):
 """
 
 
-@once
+@pytest.mark.slow
 def test_files_of_other_forms_load_without_this_package(tmp_path, rng):
     for name, arguments in FILES.items():
         model = keras_mnv2.MobileNetV2(twins.SIZE, 0.35, **{"weights": None, "classes": 3, **arguments})

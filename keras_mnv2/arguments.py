@@ -1,8 +1,10 @@
 """The checks of arguments: each error names the argument, the value, and what is allowed."""
 
 import numbers
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -50,6 +52,20 @@ def check_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
     return bool(value)
+
+
+def check_model(name: str, model: Any) -> Any:
+    """`model`; raises `ValueError` where it is no Keras model."""
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"{name} must be a Keras model, got a value of type {type(model).__name__}.")
+    return model
+
+
+def check_path(name: str, path: Any) -> Path:
+    """`path` as a `Path`; raises `ValueError` where it is none, or empty."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or not os.fspath(path):
+        raise ValueError(f"{name} must be a path that is not empty, got {path!r}.")
+    return Path(path)
 
 
 def activation_function(name, activation):

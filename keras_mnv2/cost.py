@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_mnv2.architecture import Row, plan
-from keras_mnv2.arguments import check_whole
+from keras_mnv2.arguments import check_flag, check_whole
 from keras_mnv2.ops.padding import output_size
 
 # 1 GiB in float32, 38 times width 1.4: more is a slip of the hand, which would end in a MemoryError.
@@ -153,13 +153,16 @@ def cost_profile(
     >>> profile.parameters, profile.multiply_adds
     (3504872, 300774272)
     """
-    if len(input_shape) != 3:
+    if isinstance(input_shape, str) or not isinstance(input_shape, Sequence) or len(input_shape) != 3:
         raise ValueError(f"input_shape must be (height, width, channels), got {input_shape!r}.")
     for side in input_shape[:2]:
         check_whole("input_shape: a side", side, 32)
     check_whole("input_shape: the channels", input_shape[2])
     classes = check_whole("classes", classes)
     bytes_per_value = check_whole("bytes_per_value", bytes_per_value)
+    include_top = check_flag("include_top", include_top)
+    if not (print_fn is None or callable(print_fn)):
+        raise ValueError(f"print_fn must be None or a function of one text, got {print_fn!r}.")
     rows = []
     shape = tuple(input_shape)
     for row in plan(in_channels=input_shape[2], **architecture):

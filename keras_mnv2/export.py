@@ -17,7 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mnv2.arguments import check_choice
+from keras_mnv2.arguments import check_choice, check_flag, check_path
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, runtimes
 from keras_mnv2.formats.graphs import (
@@ -163,7 +163,9 @@ def export(
     True
     """
     check_choice("format", format, tuple(FORMATS))
-    path = Path(path)
+    path = check_path("path", path)
+    overwrite, verbose = check_flag("overwrite", overwrite), check_flag("verbose", verbose)
+    fold = None if fold is None else check_flag("fold", fold)
     quantized = _check(model, path, format, precision, calibration, io_dtype, overwrite)
     if isinstance(model, keras.Sequential):
         # The same layers: a sequential model does not name its outputs.

@@ -36,6 +36,10 @@ def class_folders(
     >>> [path.as_posix() for path in paths], labels, names
     (['pets/cat/1.jpg', 'pets/dog/1.jpg'], [0, 1], ('cat', 'dog'))
     """
+    if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
+        raise ValueError(f"folder must be a path, got {folder!r}.")
+    if class_names is not None and not _are_names(class_names):
+        raise ValueError(f"class_names must be None or a sequence of names, got {class_names!r}.")
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder must be an existing folder of class folders, got {str(folder)!r}.")
@@ -59,6 +63,10 @@ def class_folders(
             f"folder must have images ({', '.join(SUFFIXES)}) in its class folders, got none in {str(folder)!r}."
         )
     return paths, labels, names
+
+
+def _are_names(names):
+    return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
 def images_below(folder: str | os.PathLike[str]) -> list[Path]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_mnv2.arguments import check_flag, check_model
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual
 
 _NORMS = (
@@ -35,7 +36,7 @@ def freeze(model: keras.Model, before: str | None = None, norms: bool = True, ve
         How many layers with weights are frozen, parts of a block that is one layer counted one by one.
 
     Raises:
-        ValueError: where there is no such block or layer.
+        ValueError: on another kind of argument, or where there is no such block or layer.
 
     Example:
 
@@ -44,7 +45,10 @@ def freeze(model: keras.Model, before: str | None = None, norms: bool = True, ve
     100 of 105 layers with weights are frozen, 52 normalisations among them; block_16 and what follows train.
     100
     """
-    leaves = list(_leaves(model))
+    norms, verbose = check_flag("norms", norms), check_flag("verbose", verbose)
+    if not (before is None or isinstance(before, str)):
+        raise ValueError(f"before must be None or the name of a block or layer, got {before!r}.")
+    leaves = list(_leaves(check_model("model", model)))
     first = len(leaves) if before is None else _index(leaves, before)
     _thaw(model)
     for number, layer in enumerate(leaves):
@@ -80,7 +84,8 @@ def unfreeze(model: keras.Model, norms: bool = False, verbose: bool = True) -> i
     0 of 105 layers with weights are frozen.
     0
     """
-    leaves = list(_leaves(model))
+    norms, verbose = check_flag("norms", norms), check_flag("verbose", verbose)
+    leaves = list(_leaves(check_model("model", model)))
     parts = [part for layer in leaves for part in _parts(layer)]
     kept = [part for part in parts if isinstance(part, _NORMS) and not part.trainable and not norms]
     _thaw(model)

@@ -231,7 +231,7 @@ def MobileNetV2(
     inputs = sources[0] if len(sources) == 1 else sources
     # A block of the caller's may keep losses or states of its own, which a loop over chunks would lose.
     model_class = MobileNetV2Model if block in (None, InvertedResidual) else keras.Model
-    model = model_class(inputs, x, name=name or f"mobilenetv2_{alpha:0.2f}_{image.shape[side_axis]}")
+    model = model_class(inputs, x, name=name or f"mobilenetv2_{float(alpha):0.2f}_{image.shape[side_axis]}")
     if source is not None:
         # The classifier stays as it is where the file has one of another width, or none.
         load_source(model, read_source(source, averaged), skip_classifier=include_top and classes != width)
@@ -243,7 +243,7 @@ def _weights(weights, averaged, given, sides, include_top, setting, round_neares
     if weights is None:
         return None, {**DEFAULTS, **_not_none(given)}
     checkpoint: Checkpoint | None
-    if weights == "imagenet":
+    if isinstance(weights, str) and weights == "imagenet":
         alpha = DEFAULTS["alpha"] if given["alpha"] is None else given["alpha"]
         checkpoint = imagenet_checkpoint(alpha, sides, include_top)
         if sides != (checkpoint.resolution,) * 2 and not (include_top and sides == (None, None)):

@@ -47,6 +47,8 @@ def preprocess_input(x: Any, data_format: str | None = None, weights: str | Chec
     channels_last = data_format_name(data_format) == "channels_last"
     if isinstance(x, list | tuple | Image.Image):
         x = np.asarray(x)
+    if not hasattr(x, "dtype") or (isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "OSUc"):
+        raise ValueError(f"x must be images, an array or a tensor of real numbers, got {x!r}.")
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
         x = _cast(x, keras.config.floatx())
     if (how.mean, how.std) == (HALF, HALF):
@@ -114,7 +116,7 @@ def preprocessing_of(weights: str | Checkpoint | Preprocessing | None) -> Prepro
     """The preprocessing of a checkpoint, by name or record; of Keras's own at 224 pixels for None and "imagenet"."""
     if isinstance(weights, Preprocessing):
         return weights
-    if weights is None or weights == "imagenet":
+    if weights is None or (isinstance(weights, str) and weights == "imagenet"):
         weights = imagenet_checkpoint(1.0, (224, 224), True)
     checkpoint = weights if isinstance(weights, Checkpoint) else find_checkpoint(weights)
     return checkpoint.preprocessing

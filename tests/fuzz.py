@@ -6,10 +6,10 @@ Each call gives what was planned, or an error whose sentence names an argument, 
 import argparse
 import contextlib
 import io
-import itertools
 import json
 import math
 import random
+import re
 import resource
 import sys
 import tempfile
@@ -146,6 +146,7 @@ JUNK = (
 def functions(folder):
     """Functions by name, with arguments that are right."""
     model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3, inverted_residual_setting=FEW)
+    keras_mnv2.save_weights(model, folder / "w.h5")
     image = np.zeros((40, 50, 3), "uint8")
     package = keras_mnv2
     return {
@@ -186,8 +187,8 @@ def functions(folder):
             "io_dtype": "int8",
             "fold": None,
         },
-        package.save_weights: {"model": model, "path": folder / "w.h5", "layout": "keras?"},
-        package.load_weights: {"model": model, "weights": folder / "nothing.h5", "averaged": None},
+        package.save_weights: {"model": model, "path": folder / "w.h5", "layout": "keras"},
+        package.load_weights: {"model": model, "weights": folder / "w.h5", "averaged": None},
         package.load_export: {"path": folder / "nothing.onnx"},
         package.list_weights: {"pattern": "*", "library": None, "alpha": None},
         package.class_folders: {"folder": folder, "class_names": None},
@@ -207,7 +208,7 @@ def builder_call(chance, folder):
         if arguments.get("include_top", True) is True and arguments["classes"] is not None:
             assert model.output_shape == (None, int(arguments["classes"]))
 
-    return call, drawn
+    return call, arguments
 
 
 def function_call(chance, folder):
@@ -217,7 +218,7 @@ def function_call(chance, folder):
     function, right = chance.choice(list(made[folder].items()))
     names = chance.sample(sorted(right), min(len(right), chance.randint(1, 2)))
     wrong = {name: chance.choice(JUNK) for name in names}
-    return lambda: function(**{**right, **wrong}), wrong
+    return lambda: function(**{**right, **wrong}), {**right, **wrong}
 
 
 def settings_call(chance, folder):
@@ -225,9 +226,13 @@ def settings_call(chance, folder):
     from training.__main__ import settings
     from training.config import Config
 
-    names = [name for name in Config.__dataclass_fields__ if name not in ("recipe", "dataset", "run_dir", "data_dir")]
+    fields = Config.__dataclass_fields__
+    names = [name for name in fields if name not in ("recipe", "dataset", "run_dir", "data_dir")]
     drawn = {name: chance.choice(FLAGS) for name in chance.sample(names, chance.randint(1, 2))}
-    words = list(itertools.chain(*((f"--{name.replace('_', '-')}", value) for name, value in drawn.items())))
+    words: list[str] = []
+    for name, value in drawn.items():
+        flag = f"--{name.replace('_', '-')}"
+        words += [flag] if fields[name].type in (bool, "bool") else [flag, value]
 
     def call():
         from training import data, train
@@ -290,8 +295,7 @@ def fuzz(kind: str, seed: int, calls: int) -> dict:
                 counts["built"] += 1
             except (ValueError, TypeError, OSError) as error:
                 told = str(error)
-                names = [word for field in drawn for word in (field, field.replace("_", "-"))]
-                if any(word in told for word in names):
+                if any(re.search(rf"\b{name}\b", told.replace("-", "_")) for name in drawn):
                     counts["named"] += 1
                 else:
                     fault = f"{type(error).__name__}: {told[:200]}"
@@ -304,7 +308,7 @@ def fuzz(kind: str, seed: int, calls: int) -> dict:
             if seconds > SECONDS or grown > BYTES:
                 fault = f"{seconds:.0f} s and {grown / 2**20:.0f} MiB; {fault}"
             if fault:
-                shown = {name: repr(value)[:60] for name, value in drawn.items()}
+                shown = {name: repr(value)[:40] for name, value in drawn.items()}
                 counts["faults"].append(f"call {number}, {shown}: {fault}")
             if number % 20 == 0:
                 keras.backend.clear_session()

@@ -8,7 +8,7 @@ import io
 import math
 import numbers
 import os
-import sys
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -61,6 +61,9 @@ class Rows:
         numbered = isinstance(row, Sequence) and len(row) == self.width
         whole = numbered and all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in row)
         return whole and row[-1] <= 2
+
+
+_BOX = re.compile("[\u2500-\u257f]+")
 
 
 def _between(least, most):
@@ -137,10 +140,11 @@ def parsed(kind: type, **how: Any) -> Any:
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, **how)
     except SystemExit as ended:
-        # Around what the settings say tyro draws a box, of lines as short as the terminal.
+        # Around what it says tyro draws a box, of lines as short as the terminal.
         if isinstance(ended.__context__, ValueError):
             fail(ended.__context__)
-        sys.stderr.write(said.getvalue())
+        if ended.code:
+            fail(_BOX.sub(" ", said.getvalue()))
         raise
 
 

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from safetensors.numpy import save_file
 
-from keras_mnv2.arguments import check_choice
+from keras_mnv2.arguments import check_choice, check_flag, check_model, check_path
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual
 from keras_mnv2.weights.rename import LAYOUTS, Block, file_names, from_keras, later_blocks, to_keras
 from keras_mnv2.weights.source import Source, checkpoint_of, read_source
@@ -64,6 +64,8 @@ def load_weights(
     >>> save_weights(model, "mobilenet.safetensors", layout="torchvision")
     >>> load_weights(model, "mobilenet.safetensors")
     """
+    check_model("model", model)
+    skip_classifier = check_flag("skip_classifier", skip_classifier)
     checkpoint = checkpoint_of(weights)
     load_source(model, read_source(checkpoint or weights, averaged), skip_classifier)
 
@@ -151,8 +153,9 @@ def save_weights(model: keras.Model, path: str | os.PathLike, layout: str = "ker
 
     >>> save_weights(MobileNetV2((32, 32, 3), alpha=0.35, weights=None), "weights.h5", layout="keras")
     """
+    check_model("model", model)
     check_choice("layout", layout, WRITTEN)
-    path = Path(path)
+    path = check_path("path", path)
     suffixes = (".safetensors", ".pth", ".pt", ".bin") if LAYOUTS[layout].torch else (".h5",)
     if path.suffix not in suffixes or path.name.endswith(".weights.h5"):
         raise ValueError(f"path must end in {', '.join(suffixes)} for layout={layout!r}, got {str(path)!r}.")

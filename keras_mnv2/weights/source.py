@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_mnv2.arguments import check_flag
 from keras_mnv2.weights.fetch import fetch
 from keras_mnv2.weights.read import read_arrays
 from keras_mnv2.weights.rename import LAYOUTS, Layout, file_names, find_networks, later_blocks
@@ -62,6 +63,8 @@ def read_source(weights: str | os.PathLike | Checkpoint | Source, averaged: bool
         ConnectionError: where it cannot be downloaded.
         ValueError: where the file cannot be read, has no such weights, or is of no known layout.
     """
+    if averaged is not None:
+        averaged = check_flag("averaged", averaged)
     if isinstance(weights, Source):
         return weights
     if isinstance(weights, Checkpoint):

@@ -257,7 +257,7 @@ def list_weights(
         A list of frozen records; `name` is what `weights` takes.
 
     Raises:
-        ValueError: on an unknown library.
+        ValueError: on an unknown library, or a pattern that is no text.
 
     Example:
 
@@ -266,6 +266,8 @@ def list_weights(
     """
     if library is not None:
         check_choice("library", library, LIBRARIES)
+    if not isinstance(pattern, str):
+        raise ValueError(f"pattern must be a name, with * and ? for what may differ, got {pattern!r}.")
     return [
         checkpoint
         for checkpoint in CHECKPOINTS
@@ -280,7 +282,7 @@ def list_weights(
 def find_checkpoint(name: object) -> Checkpoint:
     """The checkpoint of that name, or a `ValueError` that lists the nearest names."""
     names = [checkpoint.name for checkpoint in CHECKPOINTS]
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         near = difflib.get_close_matches(str(name), names, 3, 0.3) or names[:3]
         raise ValueError(
             f"weights must be None, 'imagenet', the name of a published checkpoint, an hf:// address or the path of "

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_mnv2.arguments import check_whole
 from keras_mnv2.folders import class_folders
-from keras_mnv2.preprocessing import preprocessing_of, resize_and_crop
+from keras_mnv2.preprocessing import MOST_SIDE, preprocessing_of, resize_and_crop
 from keras_mnv2.weights.table import Checkpoint, Preprocessing
 
 # Losses and metrics take int32 labels on each backend.
@@ -79,7 +79,7 @@ def evaluation_data(
     batch_size = check_whole("batch_size", batch_size)
     workers = check_whole("workers", workers)
     if size is not None:
-        size = check_whole("size", size)
+        size = check_whole("size", size, most=MOST_SIDE)
     class_names = None
     if isinstance(images, str | os.PathLike):
         if labels is not None:

@@ -26,14 +26,14 @@ from keras_mnv2.cost import MOST_PARAMETERS, check_size
 from keras_mnv2.layers.compact import NORM_EPSILON, NORM_MOMENTUM, InvertedResidual
 from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.ops.padding import PADDINGS
-from keras_mnv2.preprocessing import preprocessing_layer
+from keras_mnv2.preprocessing import MOST_SIDE, preprocessing_layer
 from keras_mnv2.weights.load import load_source
 from keras_mnv2.weights.rename import LAYOUTS
 from keras_mnv2.weights.source import check_channels, checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import HALF, Checkpoint, imagenet_checkpoint
 from keras_mnv2.weights.widths import settings_of
 
-MIN_SIZE, MOST_SIZE = 32, 2**16
+MIN_SIZE = 32
 # What a checkpoint decides, and what holds without one.
 DEFAULTS: dict[str, Any] = {
     "alpha": 1.0,
@@ -304,10 +304,10 @@ def _check_image_shape(name, shape, data_format):
     *sides, channels = shape if data_format == "channels_last" else (*shape[1:], shape[0])
     try:
         channels = check_whole("channels", channels, most=MOST_CHANNELS)
-        sides = [None if side is None else check_whole("side", side, MIN_SIZE, MOST_SIZE) for side in sides]
+        sides = [None if side is None else check_whole("side", side, MIN_SIZE, MOST_SIDE) for side in sides]
     except ValueError:
         raise ValueError(
-            f"{name} must be {layout} with sides of {MIN_SIZE} to {MOST_SIZE} or None and 1 to {MOST_CHANNELS} "
+            f"{name} must be {layout} with sides of {MIN_SIZE} to {MOST_SIDE} or None and 1 to {MOST_CHANNELS} "
             f"channels, got {tuple(shape)}."
         ) from None
     return (*sides, channels) if data_format == "channels_last" else (channels, *sides)

@@ -14,6 +14,8 @@ from PIL import Image
 from keras_mnv2.arguments import check_whole, data_format_name
 from keras_mnv2.weights.table import HALF, Checkpoint, Preprocessing, find_checkpoint, imagenet_checkpoint
 
+# Pixels of a side; JPEG files have no more.
+MOST_SIDE = 2**16
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -154,7 +156,7 @@ def resize_and_crop(
     how = preprocessing_of(weights)
     crop = how.crop
     if size is not None:
-        size = check_whole("size", size)
+        size = check_whole("size", size, most=MOST_SIDE)
         crop = size
     shorter = how.resize * crop // how.crop
     picture = load_image(image)

@@ -295,7 +295,7 @@ def fuzz(kind: str, seed: int, calls: int) -> dict:
                 counts["built"] += 1
             except (ValueError, TypeError, OSError) as error:
                 told = str(error)
-                if any(re.search(rf"\b{name}\b", told.replace("-", "_")) for name in drawn):
+                if any(re.search(rf"(?<![a-z]){name}(?![a-z])", told.replace("-", "_")) for name in drawn):
                     counts["named"] += 1
                 else:
                     fault = f"{type(error).__name__}: {told[:200]}"

@@ -63,7 +63,7 @@ class Rows:
         return whole and row[-1] <= 2
 
 
-_BOX = re.compile("[\u2500-\u257f]+")
+_BOX = re.compile("[\u2500-\u257f]+|-{5,}")
 
 
 def _between(least, most):

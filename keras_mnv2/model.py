@@ -131,7 +131,8 @@ def MobileNetV2(
             names of those that are wanted; also `stem`, `block_N`, `block_N_expand` (the expanded input)
             and `head`. Needs `include_top=False`.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras's setting.
-        dtype: a dtype policy such as `"mixed_bfloat16"`, or None for Keras's setting.
+        dtype: a dtype policy such as `"mixed_bfloat16"`, or None for Keras's setting. In `"float64"` the pooling, a
+            layer of Keras (3.15.1), still averages with float32's precision on JAX and PyTorch.
 
     Returns:
         A functional `keras.Model`. Its output is (batch, classes); without the top

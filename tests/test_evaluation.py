@@ -93,7 +93,7 @@ def test_what_is_refused(folder, tmp_path):
         refused(np.zeros((2, 40, 40, 3), "float32"))
     with pytest.raises(ValueError, match="labels must be whole numbers, one an image, got float64"):
         refused(np.zeros((2, 40, 40, 3), "uint8"), [0, 0.5])
-    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1 and at most 65536, got 0"):
         refused(folder, size=0)
     with pytest.raises(ValueError, match="batch_size must be a whole number"):
         refused(folder, batch_size=0)

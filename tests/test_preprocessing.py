@@ -192,7 +192,7 @@ def test_a_record_may_be_a_name_a_checkpoint_its_preprocessing_or_the_default():
 
 @pytest.mark.parametrize("size", [0, -1, 2.5, True, "224"])
 def test_a_bad_size_is_named(size):
-    with pytest.raises(ValueError, match=f"size must be a whole number of at least 1, got {size!r}"):
+    with pytest.raises(ValueError, match=f"size must be a whole number of at least 1 and at most 65536, got {size!r}"):
         resize_and_crop(photographs()["chelsea"], size=size)
 
 

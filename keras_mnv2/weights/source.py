@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_mnv2.arguments import check_flag
 from keras_mnv2.weights.fetch import fetch
 from keras_mnv2.weights.read import read_arrays
 from keras_mnv2.weights.rename import LAYOUTS, Layout, file_names, find_networks, later_blocks
@@ -63,8 +62,9 @@ def read_source(weights: str | os.PathLike | Checkpoint | Source, averaged: bool
         ConnectionError: where it cannot be downloaded.
         ValueError: where the file cannot be read, has no such weights, or is of no known layout.
     """
-    if averaged is not None:
-        averaged = check_flag("averaged", averaged)
+    # Before the file is fetched.
+    if not (averaged is None or isinstance(averaged, bool)):
+        raise ValueError(f"averaged must be None, True or False, got {averaged!r}.")
     if isinstance(weights, Source):
         return weights
     if isinstance(weights, Checkpoint):
@@ -114,8 +114,6 @@ def check_channels(source: Source | Checkpoint, channels: int) -> None:
 
 def _choose(path, prefixes, arrays, averaged):
     """Which of the networks in a file is meant."""
-    if not (averaged is None or isinstance(averaged, bool)):
-        raise ValueError(f"averaged must be None, True or False, got {averaged!r}.")
     means = [prefix for prefix in prefixes if _is_averaged(prefix, arrays)]
     raw = [prefix for prefix in prefixes if prefix not in means]
     chosen = (means or raw) if averaged is None else means if averaged else raw

@@ -460,7 +460,7 @@ def test_load_export_names_what_it_can_load(tmp_path):
         keras_mnv2.load_export(5)
 
 
-@once_on("tensorflow")
+@pytest.mark.slow
 def test_the_documentations_code_runs_without_keras(decided, exported, tmp_path):
     images = decided[1][:6]
     np.save(tmp_path / "images.npy", images)

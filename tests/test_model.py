@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import keras_mnv2
 from keras_mnv2.architecture import plan
-from tests.conftest import ONCE
+from tests.conftest import ONCE, once
 from tests.helpers import randomise, relative_difference
 
 
@@ -270,6 +270,7 @@ def check_features(model, expected, rng):
         assert relative_difference(found[name], value) <= 1e-5
 
 
+@once
 def test_output_stride_computes_what_the_strides_skip(rng):
     arguments = {"input_shape": (64, 64, 3), "include_top": False, "padding": "symmetric"}
     coarse, fine = small(**arguments), small(**arguments, output_stride=8)
@@ -350,6 +351,7 @@ def test_weights_come_from_a_file_of_this_package(suffix, tmp_path, rng):
         small(weights=path, alpha=1.0, inverted_residual_setting=FEW)
 
 
+@once
 def test_fit_learns_and_validates_in_its_first_epochs(rng):
     labels = rng.integers(0, 2, 256)
     x = rng.normal(0, 0.3, (256, 32, 32, 3)).astype("float32")

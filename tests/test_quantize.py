@@ -10,7 +10,7 @@ from keras_mnv2.quantize import (
     QuantizedDense,
     QuantizedInvertedResidual,
 )
-from tests.conftest import ONCE
+from tests.conftest import ONCE, once
 from tests.helpers import note, randomise, relative_difference, relative_norm
 from tests.test_export import pictures, small
 from tests.test_ops import gradients
@@ -231,6 +231,7 @@ def test_dense_rounds_kernel_logits_and_output(rng):
     assert len(np.unique(numpy(linear(x)))) <= 256
 
 
+@once
 def test_a_users_model_with_a_nested_backbone(rng, tmp_path):
     backbone = small(include_top=False, pooling="avg", weights=None)
     user = keras.Sequential(

@@ -405,7 +405,7 @@ def test_a_checkpoint_that_cannot_be_had_ends_in_one_sentence(photographs, monke
     monkeypatch.setattr("sys.argv", ["training", "transfer", "--dataset", str(photographs)])
     with pytest.raises(SystemExit) as ended:
         main()
-    assert ended.value.code == 2
+    assert ended.value.code == 1
     assert "the file cannot be downloaded" in capsys.readouterr().err
 
 

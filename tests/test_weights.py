@@ -243,7 +243,7 @@ def test_a_network_that_ends_early_takes_what_it_has(torchvision_file, capsys, r
         ({"depth_multiplier": 1.2}, "depth_multiplier must be 1.0 or left out with the file {path}, .* got 1.2"),
         ({"fix_stem_head": True}, "fix_stem_head must be False or left out with the file {path}, .* got True"),
         ({"input_shape": (64, 64, 1)}, "input_shape must have 3 channels with the weights {path}, got 1"),
-        ({"alpha": -1}, "alpha must be a finite number above 0, got -1"),
+        ({"alpha": -1}, "alpha must be a finite number above 0, and at most 1000, got -1"),
         ({"averaged": True}, "averaged must be None or False with the file {path}, which holds no running average"),
         ({"averaged": 1}, "averaged must be None, True or False, got 1"),
     ],

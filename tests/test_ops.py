@@ -121,8 +121,9 @@ def test_convolutions_and_gradients_in_half_precision(name, dtype, options, rng)
     def exact(*tensors):
         return getattr(default, name)(*tensors, **options)
 
-    # Sums are in the type itself on processors that have no instructions for it.
-    limit = 4e-2 if dtype == "bfloat16" else 4e-3
+    limit = 2e-2 if dtype == "bfloat16" else 2e-3
+    if (dtype, name, keras.backend.backend()) == ("bfloat16", "convolution", "tensorflow"):
+        limit = 3e-2  # TensorFlow adds up in bfloat16 itself where the processor has no instructions for it: 2.5e-2.
     tensors = [keras.ops.convert_to_tensor(a) for a in (x, kernel)]
     assert relative_difference(*(keras.ops.convert_to_numpy(f(*tensors)) for f in (low, exact))) <= limit
     pairs = zip(gradients(low, [x, kernel])[1:], gradients(exact, [x, kernel])[1:], strict=True)

@@ -177,8 +177,8 @@ def functions(folder):
         package.from_keras: {"model": model},
         package.export: {
             "model": model,
-            "path": folder / "out",
-            "format": "keras?",
+            "path": folder / "out.keras",
+            "format": "keras",
             "precision": "float32",
             "labels": None,
             "sample": None,
@@ -208,7 +208,7 @@ def builder_call(chance, folder):
         if arguments.get("include_top", True) is True and arguments["classes"] is not None:
             assert model.output_shape == (None, int(arguments["classes"]))
 
-    return call, arguments
+    return call, drawn
 
 
 def function_call(chance, folder):
@@ -218,7 +218,7 @@ def function_call(chance, folder):
     function, right = chance.choice(list(made[folder].items()))
     names = chance.sample(sorted(right), min(len(right), chance.randint(1, 2)))
     wrong = {name: chance.choice(JUNK) for name in names}
-    return lambda: function(**{**right, **wrong}), {**right, **wrong}
+    return lambda: function(**{**right, **wrong}), wrong
 
 
 def settings_call(chance, folder):

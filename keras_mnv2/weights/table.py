@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from keras_mnv2.arguments import check_choice
+from keras_mnv2.arguments import check_choice, check_flag, check_positive, check_whole
 
 LIBRARIES = ("keras", "torchvision", "timm", "transformers")
 RESOLUTIONS = (96, 128, 160, 192, 224)
@@ -257,7 +257,7 @@ def list_weights(
         A list of frozen records; `name` is what `weights` takes.
 
     Raises:
-        ValueError: on an unknown library, or a pattern that is no text.
+        ValueError: on an unknown library, a pattern that is no text, or another value that is none of its kind.
 
     Example:
 
@@ -268,6 +268,9 @@ def list_weights(
         check_choice("library", library, LIBRARIES)
     if not isinstance(pattern, str):
         raise ValueError(f"pattern must be a name, with * and ? for what may differ, got {pattern!r}.")
+    alpha = None if alpha is None else check_positive("alpha", alpha)
+    resolution = None if resolution is None else check_whole("resolution", resolution)
+    include_top = None if include_top is None else check_flag("include_top", include_top)
     return [
         checkpoint
         for checkpoint in CHECKPOINTS

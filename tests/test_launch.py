@@ -80,13 +80,14 @@ def test_workers_that_do_not_hear_a_signal_are_ended(monkeypatch):
 
 def test_a_signal_to_the_launch_reaches_each_worker_once():
     worker = (
-        "import signal, time\n"
+        "import os, signal, time\n"
         "count = []\n"
         "signal.signal(signal.SIGINT, lambda *arguments: count.append(1))\n"
-        "print('ready', flush=True)\n"
+        # One write for a line: print's two would mix with the other worker's.
+        "os.write(1, b'ready\\n')\n"
         "while not count: time.sleep(0.05)\n"
         "time.sleep(0.5)\n"
-        "print('signals', len(count), flush=True)\n"
+        "os.write(1, b'signals %d\\n' % len(count))\n"
     )
     code = (
         "import subprocess, sys, training.launch as launch\n"

@@ -1,6 +1,7 @@
 """The functional model that `MobileNetV2` gives: shown layer by layer, run as blocks."""
 
 import math
+import operator
 from typing import Any
 
 import keras
@@ -26,7 +27,8 @@ class MobileNetV2Model(keras.Model):
             if plan is None or mask is not None or len(x.shape) != len(self.inputs[0].shape):
                 return super(MobileNetV2Model, self).call(x, training=training, mask=mask)
             x = keras.ops.convert_to_tensor(x, dtype=self.inputs[0].dtype)
-            found = keras.tree.pack_sequence_as(self.output, plan(x, training))
+            compute = ops.compiled(plan, x) if self.compiled and self.jit_compile else plan
+            found = keras.tree.pack_sequence_as(self.output, compute(x, training))
             return found[0] if isinstance(found, list) and len(found) == 1 else found
 
         if not hasattr(inputs, "shape"):
@@ -35,6 +37,36 @@ class MobileNetV2Model(keras.Model):
             return run(inputs)
         # At alpha 1.0 the widest tensor, the expansion of block_1, has eight times the numbers of the image.
         return ops.network_in_chunks(run, inputs, 8 * math.prod(inputs.shape[1:]))
+
+    def train_step(self, *args, **kwargs):
+        """As Keras's; on PyTorch the list of weights, which a step asks for several times, is made once."""
+        if keras.backend.backend() != "torch":
+            return super().train_step(*args, **kwargs)
+        # Not as an attribute, whose variables Keras would take for others.
+        vars(self)["_weights_of_step"] = super().trainable_weights
+        try:
+            return super().train_step(*args, **kwargs)
+        finally:
+            del vars(self)["_weights_of_step"]
+
+    def _should_torch_compile(self):
+        # The network is compiled as one graph (see `call`). Keras would have all that a step does traced, down to how
+        # it counts its losses: minutes, in dozens of graphs.
+        return False
+
+    @property
+    def trainable_weights(self):
+        """As in `keras.Model`."""
+        found = vars(self).get("_weights_of_step")
+        return super().trainable_weights if found is None else found
+
+    def _track_variables(self):
+        # `train_on_batch` would have PyTorch's parameters collected anew at each call.
+        variables = self.variables
+        known = vars(self).get("_tracked_variables", ())
+        if len(known) != len(variables) or not all(map(operator.is_, known, variables)):
+            super()._track_variables()
+            vars(self)["_tracked_variables"] = variables
 
     def predict(self, *args, **kwargs):
         """As `keras.Model.predict`; a dict of outputs keeps its order, which some backends sort."""

@@ -6,6 +6,7 @@ import keras
 import pytest
 
 import keras_mnv2
+from keras_mnv2 import ops
 from keras_mnv2.layers import InvertedResidual
 from keras_mnv2.layers.fusing import Unit
 from tests.helpers import randomise, relative_difference
@@ -22,18 +23,22 @@ ROWS = [(1, 16, 1, 1), (6, 24, 2, 2)]
 def chunks(monkeypatch):
     """Sets the size of a chunk, and gives the batches that convolutions have seen since."""
     seen = []
-    compute = Unit.__call__
 
-    def counted(self, inputs, *settings, **named):
-        seen.append(inputs.shape[0])
-        return compute(self, inputs, *settings, **named)
+    def counting(compute, place):
+        def counted(*arguments):
+            seen.append(arguments[place].shape[0])
+            return compute(*arguments)
+
+        return counted
 
     def set_bytes(size):
         seen.clear()
         monkeypatch.setattr(FAST, "CHUNK_BYTES", size, raising=CHUNKED)
         return seen
 
-    monkeypatch.setattr(Unit, "__call__", counted)
+    monkeypatch.setattr(Unit, "_convolve", counting(Unit._convolve, 1))
+    # Where a block in training is one operation.
+    monkeypatch.setattr(ops, "train_block", counting(ops.train_block, 1))
     return set_bytes
 
 

@@ -143,13 +143,16 @@ def test_torchvision_gradients_in_training_mode(alpha, rng):
     assert largest <= 1e-3
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="rounding must equal torchvision's; see the test above")
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="is about a path of PyTorch's; see the test above")
 @pytest.mark.parametrize("alpha", [0.35, 1.0, 1.4])
 def test_torchvision_gradients_with_relu6(alpha, rng):
-    model, source = model_and_torchvision(alpha, rng)
-    largest = largest_gradient_difference(model, source, rng.normal(size=(8, 96, 96, 3)).astype("float32"))
+    # In double precision, so that rounding moves no activation across the kinks.
+    model, source = model_and_torchvision(alpha, rng, dtype="float64")
+    x = rng.normal(size=(8, 96, 96, 3)).astype("float32").astype("float64")  # The input of a model is float32.
+    largest = largest_gradient_difference(model, source.double(), x)
     note(f"torchvision, alpha {alpha}: largest relative difference of a weight's gradient", largest)
-    assert largest <= 1e-3
+    # Keras (3.15.1) averages the pixels in float32.
+    assert largest <= 1e-4
 
 
 def test_initial_weights_are_distributed_as_torchvisions(rng):

@@ -26,6 +26,7 @@ FLOORS = {
     "ops.padding": 0,
     "architecture": 1,
     "ops.default": 1,
+    "ops.torch_block": 1,
     "ops.tensorflow": 2,
     "ops.jax": 2,
     "ops.torch": 2,

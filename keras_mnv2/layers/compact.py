@@ -19,7 +19,7 @@ from keras_mnv2.arguments import (
 )
 from keras_mnv2.initializers import Normal
 from keras_mnv2.layers.block import SHORTCUTS, convolutions, join
-from keras_mnv2.layers.fusing import Unit, is_plain
+from keras_mnv2.layers.fusing import Activation, Unit, is_plain
 from keras_mnv2.layers.parts import BatchNormalization
 from keras_mnv2.ops.padding import PADDINGS, output_size
 
@@ -221,7 +221,7 @@ class ConvNormActivation(_Compact):
         self._unit = Unit(
             self,
             self.norm,
-            self._activate,
+            Activation(self, self._activate),
             depthwise,
             self.stride,
             self.padding,
@@ -235,7 +235,7 @@ class ConvNormActivation(_Compact):
         return self._unit(inputs, training)
 
     def _activate(self, y):
-        return ops.relu6(y) if self.activation is keras.activations.relu6 else self.activation(y)
+        return self.activation(y)
 
     def _parts(self):
         return {"kernel": self.kernel} | ({} if self.norm is None else {"norm": self.norm})

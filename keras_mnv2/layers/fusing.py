@@ -6,6 +6,7 @@ of layers as they come (`Call`): both through `read_block`.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,13 +23,14 @@ class Unit:
     Attributes:
         conv: layer with `kernel`, `bias`, `compute_dtype` and `variable_dtype`.
         norm: normalisation layer, or None.
-        activation: from tensor to tensor, or None.
+        activation: an `Activation`, or None.
         depthwise: whether the convolution is.
         stride: of both sides.
         padding: of `keras_mnv2.ops.padding`.
         dilation: of both sides.
         data_format: `"channels_last"` or `"channels_first"`.
         filters: output channels.
+        tensors: of the variables, as `ops.train_block` keeps them.
     """
 
     __slots__ = (
@@ -42,6 +44,7 @@ class Unit:
         "padding",
         "plain_norm",
         "stride",
+        "tensors",
     )
 
     def __init__(self, conv, norm, activation, depthwise, stride, padding, dilation, data_format, filters):
@@ -54,6 +57,7 @@ class Unit:
         self.dilation = dilation
         self.data_format = data_format
         self.filters = filters
+        self.tensors: Any = None
         self.plain_norm = norm is not None and is_plain_batch_norm(norm, data_format)
 
     def __call__(self, x: Any, training: Any = None, own: bool = False) -> Any:
@@ -65,21 +69,38 @@ class Unit:
             own: whether to take the layers' own tensors, as `Cache` has them, in the place of what Keras's variables
                 stand for at the moment.
         """
-        conv, norm = self.conv, self.norm
-        if own:
-            kernel, bias = (*conv.cache.tensors, None)[:2]
-        else:
-            kernel, bias = value_of(conv.kernel), value_of(conv.bias)
+        norm = self.norm
+        kernel, bias = self._parameters(own)
         if norm is None:
             y = self.convolve(x, kernel, bias)
         elif not self.plain_norm or ops.is_watched(norm) or (bias is not None and not training):
             y = norm(self.convolve(x, kernel, bias), training=training)
         elif training and norm.trainable:
+            if (found := ops.train_block((self,), x, False)) is not None:
+                return found
             y = normalize_by_batch(norm, self.convolve(x, kernel, bias), self.data_format)
         else:
-            of_norm = norm.cache.tensors if own else norm_values(norm)
-            y = self.convolve(x, *ops.fold(kernel, self.depthwise, *of_norm, norm.epsilon))
+            y = self.convolve(x, *ops.fold(kernel, self.depthwise, *self._of_norm(own), norm.epsilon))
         return y if self.activation is None else self.activation(y)
+
+    def prepare(self, x: Any, own: bool = False) -> Callable[[Any], Any]:
+        """What computes it in inference for several parts of a batch; the kernel is folded and laid out once.
+
+        Args:
+            x: images of the same dtype.
+            own: as for a call.
+        """
+        norm, activation = self.norm, self.activation
+        kernel, bias = self._parameters(own)
+        if norm is not None:
+            if not self.plain_norm or ops.is_watched(norm) or bias is not None:
+                return lambda y: self(y, False, own)
+            kernel, bias = ops.fold(kernel, self.depthwise, *self._of_norm(own), norm.epsilon)
+        kernel, bias = self._cast(x, kernel, bias)
+        kernel = ops.lay_out(kernel, self.depthwise)
+        if activation is None:
+            return lambda y: self._convolve(y, kernel, bias)
+        return lambda y: activation(self._convolve(y, kernel, bias))
 
     def folded(self, kernel: Any, mean: Any, variance: Any) -> tuple[Any, Any]:
         """Kernel and bias that compute the convolution and its batch norm with these statistics."""
@@ -88,11 +109,22 @@ class Unit:
 
     def convolve(self, x: Any, kernel: Any, bias: Any = None) -> Any:
         """The convolution alone, in the layer's compute dtype."""
+        return self._convolve(x, *self._cast(x, kernel, bias))
+
+    def _parameters(self, own):
         conv = self.conv
-        if conv.compute_dtype != conv.variable_dtype:
-            # The kernel has its own precision until here, so that folding has too.
-            kernel = keras.ops.cast(kernel, x.dtype)
-            bias = None if bias is None else keras.ops.cast(bias, x.dtype)
+        return (*conv.cache.tensors, None)[:2] if own else (value_of(conv.kernel), value_of(conv.bias))
+
+    def _of_norm(self, own):
+        return self.norm.cache.tensors if own else norm_values(self.norm)
+
+    def _cast(self, x, kernel, bias):
+        if self.conv.compute_dtype == self.conv.variable_dtype:
+            return kernel, bias
+        # The kernel has its own precision until here, so that folding has too.
+        return keras.ops.cast(kernel, x.dtype), None if bias is None else keras.ops.cast(bias, x.dtype)
+
+    def _convolve(self, x, kernel, bias):
         operation = ops.depthwise_convolution if self.depthwise else ops.convolution
         return operation(
             x,
@@ -126,18 +158,31 @@ def normalize_by_batch(norm: Any, x: Any, data_format: str) -> Any:
     return y
 
 
-def activation_of(layer: Any) -> Callable[[Any], Any]:
-    """What an activation layer computes; it may overwrite its input."""
+class Activation:
+    """What an activation layer computes; it may overwrite its input.
 
-    def activate(y):
-        # Its settings as they are now: a script may change them.
+    Args:
+        layer: with the settings of a ReLU, or with `activation`; they are read at each call, since a script may change
+            them.
+        call: what computes it where it is not ReLU6.
+    """
+
+    __slots__ = ("_call", "_layer")
+
+    def __init__(self, layer: Any, call: Callable[[Any], Any]):
+        self._layer = layer
+        self._call = call
+
+    @property
+    def is_relu6(self) -> bool:
+        """Whether it is `min(max(x, 0), 6)`."""
+        layer = self._layer
         if isinstance(layer, keras.layers.ReLU):
-            plain = layer.max_value == 6 and not layer.negative_slope and not layer.threshold
-        else:
-            plain = layer.activation is keras.activations.relu6
-        return ops.relu6(y) if plain else layer.call(y)
+            return layer.max_value == 6 and not layer.negative_slope and not layer.threshold
+        return layer.activation is keras.activations.relu6
 
-    return activate
+    def __call__(self, y: Any) -> Any:
+        return ops.relu6(y) if self.is_relu6 else self._call(y)
 
 
 class Group(NamedTuple):
@@ -160,9 +205,9 @@ class Group(NamedTuple):
         members = tuple(map(id, self[:4]))
         if conv.cache.members == members:
             return conv.cache.unit
-        activation = self.activation and activation_of(self.activation)
+        activation = self.activation and Activation(self.activation, self.activation.call)
         if activation is None and conv.activation is not keras.activations.linear:
-            activation = conv.activation
+            activation = Activation(conv, conv.activation)
         depthwise = isinstance(conv, keras.layers.DepthwiseConv2D)
         unit = Unit(
             conv,
@@ -282,13 +327,15 @@ def is_square(conv: Any) -> bool:
 
 def is_plain(layer: Any) -> bool:
     """Whether a layer does what its class says and nobody watches it do so."""
+    # Directly, since PyTorch's modules search long for an attribute that is not there.
+    own = vars(layer)
     return (
-        layer.activity_regularizer is None
-        and "call" not in vars(layer)
-        and getattr(layer, "quantization_mode", None) is None
-        and not getattr(layer, "lora_enabled", False)
+        own.get("activity_regularizer") is None
+        and "call" not in own
+        and not own.get("lora_enabled")
         # Nothing public tells what keras.RematScope has set.
-        and getattr(layer, "_remat_mode", None) is None
+        and own.get("_remat_mode") is None
+        and getattr(layer, "quantization_mode", None) is None
         and not ops.is_watched(layer)
     )
 
@@ -407,7 +454,8 @@ class Plan:
             if block and all(isinstance(group.conv, Part) for group in block.groups):
                 sources, step = (block.start,), ([group.unit() for group in block.groups], block.shortcut)
             else:
-                sources, step = call.inputs, call.layer
+                takes_training = "training" in inspect.signature(call.layer.call).parameters
+                sources, step = call.inputs, (call.layer, takes_training)
             if not all(map(add, sources)):
                 return False
             steps.append((step, [id(source) for source in sources], id(x)))
@@ -425,18 +473,22 @@ class Plan:
     def __call__(self, x: Any, training: Any = None) -> list[Any]:
         """The model's outputs, in their order."""
         tensors = {self._image: x}
-        keywords = {} if training is None else {"training": training}
-        for step, sources, target in self._steps:
+        for (what, flag), sources, target in self._steps:
             values = [tensors[source] for source in sources]
-            if isinstance(step, tuple):
-                units, shortcut = step
+            if isinstance(what, list):
                 images = values[0]
-                if (dtype := units[0].conv.compute_dtype) != keras.backend.standardize_dtype(images.dtype):
+                if (dtype := what[0].conv.compute_dtype) != keras.backend.standardize_dtype(images.dtype):
                     images = keras.ops.cast(images, dtype)
-                tensors[target] = run_block(units, images, shortcut, training, units[0].data_format)
+                tensors[target] = run_block(what, images, flag, training, what[0].data_format)
             else:
-                tensors[target] = step(values if len(values) > 1 else values[0], **keywords)
+                tensors[target] = _call_layer(what, flag, values if len(values) > 1 else values[0], training)
         return [tensors[output] for output in self._outputs]
+
+
+def _call_layer(layer, takes_training, inputs, training):
+    """Calls a layer, without Keras's bookkeeping where that finds nothing to do."""
+    keywords = {"training": training} if takes_training and training is not None else {}
+    return (layer.call if ops.runs_directly(layer, inputs) else layer)(inputs, **keywords)
 
 
 class Cache:
@@ -484,12 +536,18 @@ def run_block(units: Sequence[Unit], x: Any, shortcut: bool, training: Any, data
 
     def run(x):
         y = x
-        for unit in units:
-            y = unit(y, training, own)
+        for compute in computed:
+            y = compute(y)
         return y + x if shortcut else y
 
     sides = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
-    if training or None in sides:
+    if training and (found := ops.train_block(units, x, shortcut)) is not None:
+        return found
+    if training:
+        computed = [functools.partial(unit, training=training, own=own) for unit in units]
+        return run(x)
+    computed = [unit.prepare(x, own) for unit in units]
+    if None in sides:
         return run(x)
     largest, pixels = 0, math.prod(sides)
     for unit in units:

@@ -29,6 +29,11 @@ class _Direct(Part):
         self.cache = Cache()
 
     def __call__(self, *args, **kwargs):
+        if ops.is_compiling():
+            return ops.uncompiled(_Direct._call)(self, *args, **kwargs)
+        return self._call(*args, **kwargs)
+
+    def _call(self, *args, **kwargs):
         training = kwargs.get("training")
         # A graph of Keras hands down the mask that a batch norm takes.
         known = len(kwargs) == 1 or (len(kwargs) == 2 and kwargs.get("mask", 0) is None)

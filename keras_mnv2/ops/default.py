@@ -30,6 +30,26 @@ def run_later(call: Any) -> Any:
     return None
 
 
+def compiled(function: Callable[..., Any], x: Any) -> Callable[..., Any]:
+    """`function`, compiled where Keras's backend leaves that to the model; it is asked for with `jit_compile=True`.
+
+    Args:
+        function: of images and of whether they are trained on.
+        x: the images.
+    """
+    return function
+
+
+def is_compiling() -> bool:
+    """Whether a compiler that cannot compile layers one by one is at work; each is then called by `uncompiled`."""
+    return False
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which runs as it is while a compiler is at work around it."""
+    return function
+
+
 def versions(call: Any) -> Any:
     """A number that changes with the variables and images that a call reads, or None where nobody counts."""
     return None
@@ -93,6 +113,11 @@ def fold(
     return kernel * along, beta - mean * scale
 
 
+def lay_out(kernel: Any, depthwise: bool) -> Any:
+    """A kernel in the form in which several calls of `convolution` or `depthwise_convolution` read it fastest."""
+    return kernel
+
+
 def moving_average(moving: Any, value: Any, momentum: float) -> Any:
     """`moving * momentum + value * (1 - momentum)`."""
     return moving * momentum + value * (1 - momentum)
@@ -112,6 +137,17 @@ def block_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int) ->
 def network_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int) -> Any:
     """Like `block_in_chunks`, for the network as a whole; `function` may give several tensors."""
     return function(x)
+
+
+def train_block(units: Any, x: Any, shortcut: bool) -> Any:
+    """The output of a block in training, with the moving statistics changed, or None where it runs unit by unit.
+
+    Args:
+        units: of `keras_mnv2.layers.fusing`.
+        x: images.
+        shortcut: whether to add `x`.
+    """
+    return None
 
 
 def relu6(x: Any) -> Any:

@@ -20,15 +20,20 @@ from keras_mnv2.ops.padding import spatial_padding
 
 batch_normalization = default.batch_normalization
 fake_quantize = default.fake_quantize
+compiled = default.compiled
 fold = default.fold
 folds_noted = default.folds_noted
+is_compiling = default.is_compiling
 is_watched = default.is_watched
+lay_out = default.lay_out
 moving_average = default.moving_average
 normalize = default.normalize
 numbers = default.numbers
 relu6 = default.relu6
 run_later = default.run_later
 runs_directly = default.runs_directly
+train_block = default.train_block
+uncompiled = default.uncompiled
 versions = default.versions
 
 

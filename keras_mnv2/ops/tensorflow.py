@@ -11,9 +11,12 @@ from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import spatial_padding
 
 block_in_chunks = default.block_in_chunks
+compiled = default.compiled
 fold = default.fold
+is_compiling = default.is_compiling
 is_watched = default.is_watched
 known = default.known
+lay_out = default.lay_out
 moving_average = default.moving_average
 network_in_chunks = default.network_in_chunks
 normalize = default.normalize
@@ -21,6 +24,8 @@ numbers = default.numbers
 relu6 = tf.nn.relu6
 run_later = default.run_later
 runs_directly = default.runs_directly
+train_block = default.train_block
+uncompiled = default.uncompiled
 versions = default.versions
 settled = default.settled
 

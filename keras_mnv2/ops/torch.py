@@ -5,6 +5,8 @@ backend copies here. The figures are of alpha 1.0 at 224x224 in float32 on two x
 """
 
 import operator
+import sys
+import weakref
 
 import keras
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch.nn.modules import module as _modules
 from torch.utils._pytree import tree_map_only
 
-from keras_mnv2.ops import default
+from keras_mnv2.ops import default, torch_block
 from keras_mnv2.ops.padding import spatial_padding
 
 # Hidden activations of this size stay in the cache, and below the 32 MB from which glibc maps and unmaps
@@ -54,6 +56,30 @@ def run_later(call):
         return None
     call.versions = versions(call)
     return Later(call)
+
+
+def compiled(function, x):
+    """See `keras_mnv2.ops.default.compiled`."""
+    if torch.compiler.is_compiling() or x.is_meta:
+        return function  # As part of what is being compiled or exported; for shapes alone.
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function.__call__)
+    return _compiled[function]
+
+
+_compiled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def is_compiling():
+    """See `keras_mnv2.ops.default.is_compiling`.
+
+    Keras's functional models call layer after layer in a loop, which `torch.compile` (2.14) takes apart: each layer is
+    compiled by itself, for any size once a second layer comes, and Inductor then fails on the strides.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+uncompiled = torch.compiler.disable
 
 
 def versions(call):
@@ -137,6 +163,28 @@ def fold(kernel, depthwise, gamma, beta, mean, variance, epsilon):
     return kernel * (scale[:, None] if depthwise else scale), torch.addcmul(beta, mean, scale, value=-1)
 
 
+class Kernel:
+    """A kernel of Keras and, once it is asked for, its copy (out, in / groups, height, width), which convolutions read."""
+
+    __slots__ = ("_weight", "axes", "kernel")
+
+    def __init__(self, kernel, depthwise):
+        self.kernel = kernel
+        self.axes = (2, 3, 0, 1) if depthwise else (3, 2, 0, 1)
+        self._weight = None
+
+    @property
+    def weight(self):
+        if self._weight is None:
+            weight = self.kernel.permute(self.axes)
+            # Of 1x1 kernels and their gradients PyTorch makes the copy that it needs; larger ones it would read slowly.
+            self._weight = weight if tuple(self.kernel.shape[:2]) == (1, 1) and torch.is_grad_enabled() else weight.contiguous()
+        return self._weight
+
+
+lay_out = Kernel
+
+
 def moving_average(moving, value, momentum):
     """See `keras_mnv2.ops.default.moving_average`."""
     return torch.lerp(moving, value.to(moving.dtype), 1 - momentum)
@@ -158,6 +206,44 @@ def block_in_chunks(function, x, hidden_size):
     return y
 
 
+# Nothing else tells whether a variable's value is its own to change.
+_in_stateless_scope = sys.modules[keras.StatelessScope.__module__].in_stateless_scope  # type: ignore[attr-defined]
+
+
+def train_block(units, x, shortcut):
+    """See `keras_mnv2.ops.default.train_block`."""
+    if type(x) is not torch.Tensor or x.device.type not in ("cpu", "cuda") or x.dim() != 4 or not len(x):
+        return None
+    if not torch.is_grad_enabled() or _is_transformed(x.device.type) or _in_stateless_scope():
+        return None
+    steps, parameters = [], []
+    for unit in units:
+        conv, norm = unit.conv, unit.norm
+        if not unit.plain_norm or not norm.trainable or unit.data_format != "channels_last":
+            return None
+        if conv.bias is not None or not isinstance(conv.kernel, keras.Variable):
+            return None  # With LoRA the kernel is a tensor that is computed at each step.
+        relu6 = unit.activation is not None and unit.activation.is_relu6
+        if norm.synchronized or norm.momentum == 1 or (unit.activation is not None and not relu6):
+            return None
+        *own, moving_mean, moving_variance = _tensors_of(unit)
+        if own[0].device != x.device or (x.dtype is not own[0].dtype and conv.compute_dtype == conv.variable_dtype):
+            return None
+        parameters += own
+        settings = unit.depthwise, unit.stride, unit.padding, unit.dilation, relu6, norm.epsilon, norm.momentum
+        steps.append(torch_block.Step(*settings, moving_mean, moving_variance))
+    return torch_block.train(steps, shortcut, x, parameters)
+
+
+def _tensors_of(unit):
+    """The tensors of kernel, scale, shift and moving statistics, which last as long as Keras's variables."""
+    norm = unit.norm
+    variables = (unit.conv.kernel, norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)
+    if unit.tensors is None or not all(map(operator.is_, unit.tensors[0], variables)):
+        unit.tensors = variables, [variable.value for variable in variables]
+    return unit.tensors[1]
+
+
 def relu6(x):
     """ReLU6 of a tensor that nobody else holds: without gradients it is overwritten.
 
@@ -170,23 +256,21 @@ def relu6(x):
 
 def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
     """See `keras_mnv2.ops.default.convolution`."""
+    laid = kernel if type(kernel) is Kernel else Kernel(kernel, False)
+    kernel = laid.kernel
     pointwise = bias is not None and kernel.shape[0] == kernel.shape[1] == 1 and stride == 1
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if pointwise and eager and len(x) == 1 and data_format == "channels_last":
         # 20 to 30 microseconds less than the convolution, of 50 to 120.
         y = torch.addmm(bias, x.reshape(-1, x.shape[3]), kernel[0, 0])
         return y.view(*x.shape[:3], -1)
-    weight = kernel.permute(3, 2, 0, 1)
-    if tuple(kernel.shape[:2]) != (1, 1):
-        weight = weight.contiguous()
-    return _convolve(x, weight, bias, stride, padding, dilation, data_format)
+    return _convolve(x, laid.weight, bias, stride, padding, dilation, data_format)
 
 
 def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
     """See `keras_mnv2.ops.default.depthwise_convolution`."""
-    # PyTorch's convolutions read height and width last; they would copy a kernel of other strides slowly.
-    weight = kernel.permute(2, 3, 0, 1).contiguous()
-    return _convolve(x, weight, bias, stride, padding, dilation, data_format)
+    laid = kernel if type(kernel) is Kernel else Kernel(kernel, True)
+    return _convolve(x, laid.weight, bias, stride, padding, dilation, data_format)
 
 
 def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", synchronized=False):
@@ -219,6 +303,17 @@ def fake_quantize(x, minimum, maximum):
     scale = ((maximum - minimum).detach() / 255).clamp_(min=1e-12)
     zero_point = torch.round(-minimum.detach() / scale).to(torch.int32)
     return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, 0, 255)
+
+
+def _is_transformed(device_type):
+    """Whether PyTorch transforms what is computed: traces it, or differentiates it forward or by `torch.func`."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch.is_autocast_enabled(device_type)
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _at_least_float32(x):
@@ -276,7 +371,8 @@ def _convolve(x, weight, bias, stride, padding, dilation, data_format):
     (top, bottom), (left, right) = pairs
     if (top, left) != (bottom, right):
         # While a graph for any size is traced, the paddings are symbols.
-        if images.device.type == "cpu" and dilation == 1 and isinstance(bottom, int) and isinstance(right, int):
+        static = isinstance(bottom, int) and isinstance(right, int)
+        if images.device.type == "cpu" and dilation == 1 and static and top <= bottom and left <= right:
             # TensorFlow pads more at the end. A zero row and column before the kernel do the same without
             # copying the images: at 32x112x112x96, stride 2, 16 ms instead of 62.
             weight = F.pad(weight, (right - left, 0, bottom - top, 0))

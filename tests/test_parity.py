@@ -144,7 +144,7 @@ def test_torchvision_gradients_in_training_mode(alpha, rng):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="is about a path of PyTorch's; see the test above")
-@pytest.mark.parametrize("alpha", [0.35, 1.0, 1.4])
+@pytest.mark.parametrize("alpha", [0.35, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in (1.0, 1.4))])
 def test_torchvision_gradients_with_relu6(alpha, rng):
     # In double precision, so that rounding moves no activation across the kinks.
     model, source = model_and_torchvision(alpha, rng, dtype="float64")

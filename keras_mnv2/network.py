@@ -43,11 +43,11 @@ class MobileNetV2Model(keras.Model):
         if keras.backend.backend() != "torch":
             return super().train_step(*args, **kwargs)
         # Not as an attribute, whose variables Keras would take for others.
-        vars(self)["_weights_of_step"] = super().trainable_weights
+        self.__dict__["_weights_of_step"] = super().trainable_weights
         try:
             return super().train_step(*args, **kwargs)
         finally:
-            del vars(self)["_weights_of_step"]
+            del self.__dict__["_weights_of_step"]
 
     def _should_torch_compile(self):
         # The network is compiled as one graph (see `call`). Keras would have all that a step does traced, down to how
@@ -57,16 +57,16 @@ class MobileNetV2Model(keras.Model):
     @property
     def trainable_weights(self):
         """As in `keras.Model`."""
-        found = vars(self).get("_weights_of_step")
+        found = self.__dict__.get("_weights_of_step")
         return super().trainable_weights if found is None else found
 
     def _track_variables(self):
         # `train_on_batch` would have PyTorch's parameters collected anew at each call.
         variables = self.variables
-        known = vars(self).get("_tracked_variables", ())
+        known = self.__dict__.get("_tracked_variables", ())
         if len(known) != len(variables) or not all(map(operator.is_, known, variables)):
             super()._track_variables()
-            vars(self)["_tracked_variables"] = variables
+            self.__dict__["_tracked_variables"] = variables
 
     def predict(self, *args, **kwargs):
         """As `keras.Model.predict`; a dict of outputs keeps its order, which some backends sort."""

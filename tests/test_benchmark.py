@@ -1,15 +1,17 @@
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import keras
 import numpy as np
 import pytest
 
-from tests.conftest import ONCE, once_on
+from tests.conftest import ONCE, once, once_on
 from tests.helpers import randomise, relative_difference
-from training import benchmark, contenders, exports, peers, report, turns
+from training import benchmark, contenders, exports, frameworks, peers, report, turns
 from training.contenders import PEERS
 from training.peers import Spec
 
@@ -59,6 +61,103 @@ def test_a_training_step_gives_no_number_that_could_be_taken_for_its_seconds(tmp
     spec = Spec("keras_mnv2", BACKEND, "training", 0.35, 32, 2, fold=False, folder=str(tmp_path))
     model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(1000)])
     assert contenders.keras_call(model, spec)() is None
+
+
+def served(spec, monkeypatch, lines="0\n"):
+    """The answers of a contender in this process."""
+    answers = []
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    contenders.serve(spec, lambda **content: answers.append(content))
+    return answers
+
+
+def test_what_a_call_gives_is_not_taken_for_its_seconds(monkeypatch):
+    monkeypatch.setattr(contenders, "PEERS", {"torchvision": (lambda spec: lambda: 1000.0, ())})
+    start, turn = served(Spec("torchvision", "", "training", 0.35, 32, 2, True, ""), monkeypatch)
+    assert 0 < max(turn["times"]) < 1
+    assert 0 < start["first_step_seconds"] < start["start_seconds"]
+
+
+def test_tensors_on_the_device_give_what_arrays_give(rng):
+    model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.BatchNormalization(), keras.layers.Flatten()])
+    model.layers[0].set_weights([rng.uniform(1, 2, 3) for _ in range(4)])
+    spec = Spec("keras_mnv2", BACKEND, "inference", 0.35, 32, 2, False, "")
+    found = contenders.keras_call(model, replace(spec, on_device=True))()
+    assert keras.ops.is_tensor(found)
+    expected = contenders.keras_call(model, spec)()
+    assert relative_difference(keras.ops.convert_to_numpy(found), expected) < 1e-5
+
+
+def test_a_step_of_training_and_of_fit_takes_tensors_on_the_device():
+    classifier = keras.layers.Dense(1000, activation="softmax")
+    model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), classifier])
+    spec = Spec("keras_mnv2", BACKEND, "training", 0.35, 32, 2, False, "", on_device=True)
+    before = model.get_weights()[0]
+    contenders.keras_call(model, spec)()
+    between = model.get_weights()[0]
+    assert contenders.keras_call(model, replace(spec, mode="fit"))() > 0
+    assert (before != between).any()
+    assert (between != model.get_weights()[0]).any()
+
+
+@once
+def test_in_bfloat16_the_layers_compute_in_it_and_the_weights_stay_in_float32():
+    import torch
+
+    spec = Spec("keras_mnv2", "torch", "inference", 0.35, 32, 2, True, "", precision="bfloat16", on_device=True)
+    try:
+        contenders.keras_contender(spec)[0]()
+        model = contenders.keras_model(spec)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    # The classifier is in float32.
+    assert {layer.compute_dtype for layer in model.layers[:-1]} == {"bfloat16"}
+    assert {weight.dtype for weight in model.weights} == {"float32"}
+    for contender in (peers.torchvision_eager, peers.torchvision_folded, peers.matrix_product):
+        assert contender(spec)().dtype == torch.bfloat16
+    assert peers.torchvision_eager(replace(spec, on_device=False))().dtype == np.float32
+
+
+@once
+def test_the_steps_of_host_are_counted_in_operators_of_pytorch(monkeypatch):
+    import torch
+
+    threads = torch.get_num_threads()
+    options = benchmark.Options(backend="torch", alpha=0.35, against=("torchvision",))
+    try:
+        found = {spec.label: served(spec, monkeypatch) for spec in options.specs("host", "")}
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert list(found) == ["keras_mnv2, torch", "keras_mnv2 fit, torch", "torchvision"]
+    calls = {name: start["aten_calls"] for name, (start, _) in found.items()}
+    # 158 weights, each with its gradient.
+    assert all(count > 2 * 158 for count in calls.values())
+    assert calls["keras_mnv2 fit, torch"] == pytest.approx(calls["keras_mnv2, torch"], rel=0.1)
+
+
+def test_the_steps_of_host_are_tiny_unless_asked_otherwise():
+    spec = benchmark.Options(backend="torch").specs("host", "")[0]
+    assert (spec.size, spec.batch, spec.threads) == (32, 2, 1)
+    spec = benchmark.Options(backend="torch", size=64, batch=8, threads=2).specs("host", "")[0]
+    assert (spec.size, spec.batch, spec.threads) == (64, 8, 2)
+    spec = benchmark.Options(backend="torch").specs("training", "")[0]
+    assert (spec.size, spec.batch, spec.threads) == (224, 16, None)
+
+
+def test_tf32_is_told_where_there_is_a_gpu(monkeypatch):
+    import torch
+
+    assert frameworks.tf32("torch") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    # PyTorch's defaults.
+    assert frameworks.tf32("torch") == "convolutions"
+    facts = {"gpu": "a GPU", "tf32": "convolutions"}
+    expected = "peak: 50000 GFLOP/s (float32, 8192x8192 matrices, a GPU, TF32: convolutions)"
+    assert report.peak_line(5e13, "float32", facts) == expected
+    expected = "peak: 400 GFLOP/s (bfloat16, 2048x2048 matrices)"
+    assert report.peak_line(4e11, "bfloat16", {"gpu": None, "tf32": None}) == expected
 
 
 @once_on("tensorflow")
@@ -141,6 +240,93 @@ def test_the_runtimes_take_part_in_forward_passes_only():
     assert {spec.batch for spec in benchmark.Options(batch=8).specs("latency", "")} == {1}
 
 
+def test_what_knows_no_bfloat16_is_left_out_and_said_to_be(monkeypatch, capsys, tmp_path):
+    options = benchmark.Options(backend=BACKEND, precision="bfloat16", against=("litert", "torchvision"))
+    labels = {spec.label for spec in options.specs("inference", "")}
+    assert labels == {f"keras_mnv2, {BACKEND}", "torchvision", "matrix product"}
+    monkeypatch.setattr(turns.Bench, "take_turns", lambda *arguments: [])
+    assert benchmark.run(replace(options, out=tmp_path))
+    assert "not measured in bfloat16, which they do not have: litert\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["left_out"] == ["litert"]
+    assert benchmark.Options(mode=("training",), precision="bfloat16").left_out == []
+
+
+def stand_in(tmp_path, monkeypatch, script):
+    """Contenders' processes run this shell script instead."""
+    path = tmp_path / "stand_in.sh"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_a_turn_that_exceeds_the_limit_is_ended_and_told(tmp_path, monkeypatch, capsys):
+    start = r"""printf '{"a"'; sleep 0.1; printf ': 1}\n'"""
+    turn = r"""printf '{"times": [1.0, 3.0'; sleep 0.1; printf ', 2.0]}\n{"ti'"""
+    stand_in(tmp_path, monkeypatch, f"{start}; {turn}; exec sleep 60")
+    processes, medians = [], []
+
+    def keep(running):
+        processes.extend(contender.process for contender in running)
+        medians.append([contender.medians[:] for contender in running])
+
+    bench = turns.Bench()
+    spec = Spec("torchvision", "", "inference", 0.35, 32, 2, True, "", limit=2.0)
+    assert bench.take_turns([spec], 3, 0.1, keep) == []
+    assert medians == [[[]], [[2.0]], []]
+    assert (bench.exceeded, bench.failed) == ({spec: "turn 2"}, {})
+    assert bench.take_turns([spec], 3, 0.1) == []
+    said = "torchvision exceeded the limit of 2 s in turn 2 (inference, batch 2, size 32)\n"
+    assert capsys.readouterr().out == said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(processes[0].pid, 0)
+
+
+def test_an_exceeded_limit_is_no_failure(tmp_path, monkeypatch, capsys):
+    stand_in(tmp_path, monkeypatch, "exec sleep 60")
+    monkeypatch.setattr(benchmark, "KERAS", ())
+    wanted = ["--against", "torchvision", "--mode", "latency", "--limit", "0.2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *TINY, *wanted])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "torchvision exceeded the limit of 0.2 s in the start (latency, batch 1, size 32)\n" in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    exceeded = [(problem["contender"], problem["during"], problem["limit"]) for problem in results["exceeded"]]
+    assert exceeded == [("torchvision", "the start", 0.2), ("matrix product", "the start", 0.2)]
+    assert (results["rows"], results["failed"]) == ([], [])
+
+
+def test_an_interrupted_run_leaves_the_rows_of_the_turns_before(tmp_path, monkeypatch):
+    class Fake:
+        def __init__(self, spec):
+            self.spec, self.medians = spec, []
+            self.facts = dict.fromkeys(("start_seconds", "first_step_seconds", "peak_memory", "device_memory"), 1)
+            self.facts |= {"gpu": None, "tf32": None}
+            self.seconds = 0.5
+
+        def start(self):
+            pass
+
+        def turn(self, seconds):
+            if self.spec.contender == "torchvision" and self.medians:
+                raise KeyboardInterrupt
+            self.medians.append(0.5)
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(turns, "Contender", Fake)
+    wanted = ["--against", "torchvision", "--mode", "training", "--rounds", "3", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--backend", BACKEND, *wanted])
+    with pytest.raises(SystemExit, match="has what was measured before"):
+        benchmark.main()
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["contender"], row["turns"]) for row in rows] == [(f"keras_mnv2, {BACKEND}", 2), ("torchvision", 1)]
+    assert rows[0]["ratios"] == {"torchvision": 1}
+    assert rows[0]["share_of_peak"] > 0
+
+
 def test_an_interrupt_leaves_no_process_behind(monkeypatch):
     started = []
 
@@ -192,11 +378,14 @@ def rows_by_hand():
 
 def test_ratios_are_to_the_same_backend_and_mode():
     rows = [*rows_by_hand(), {"mode": "fit", "contender": "keras_mnv2, jax", "seconds": 0.2}]
+    rows += [{"mode": "host", "contender": f"{name}, jax", "seconds": 0.2} for name in ("keras_mnv2", "keras_mnv2 fit")]
     report.compare(rows)
     assert rows[0]["ratios"] == pytest.approx({"keras": 4, "torchvision": 3})
     assert rows[1]["ratios"] == pytest.approx({"keras": 1, "torchvision": 0.75})
     assert rows[2]["ratios"] == pytest.approx({"torchvision": 1.5})
     assert rows[4]["ratios"] == pytest.approx({"train_on_batch": 0.5})
+    assert rows[5]["ratios"] == {}
+    assert rows[6]["ratios"] == pytest.approx({"train_on_batch": 1})
 
 
 def test_the_table_has_the_columns_that_were_measured():
@@ -257,6 +446,10 @@ def test_growth_is_drawn(tmp_path):
         (["--alpha", "0"], "alpha"),
         (["--size", "16"], "input_shape"),
         (["--rounds", "0"], "rounds must be a whole number of at least 1"),
+        (["--threads", "0"], "threads must be a whole number of at least 1"),
+        (["--limit", "0"], "limit must be a finite number above 0"),
+        (["--precision", "float16"], "float16"),
+        (["--mode", "exports", "--precision", "bfloat16"], "mode must be without 'exports' where precision"),
     ],
 )
 def test_a_bad_option_ends_in_one_sentence(arguments, message, monkeypatch, tmp_path, capsys):

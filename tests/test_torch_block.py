@@ -101,7 +101,8 @@ def test_output_gradients_and_moving_statistics_are_those_of_the_reference(name,
     # The mean of what a batch norm reads has no gradient: sums of what cancels are compared with the largest of all.
     largest = max(float(b.abs().max()) for b in wanted)
     for a, b, parameter in zip(found, wanted, [x, *parameters], strict=True):
-        assert a.is_contiguous() and a.shape == parameter.shape
+        assert a.is_contiguous()
+        assert a.shape == parameter.shape
         assert float((a - b).abs().max()) <= (1e-11 if exact else 1e-4) * largest
 
 
@@ -270,7 +271,8 @@ def test_frozen_norms_and_other_norms_and_activations_run_unit_by_unit(blocks):
                 setattr(layer, name, value)
         before = states(model)
         model(batch(2), training=True).sum().backward()
-        assert not blocks and all(torch.equal(a, b) for a, b in zip(states(model), before, strict=True))
+        assert not blocks
+        assert all(torch.equal(a, b) for a, b in zip(states(model), before, strict=True))
     small_model(activation="swish")(batch(2), training=True).sum().backward()
     assert len(blocks) == 3  # The projections, behind which there is no activation.
 

@@ -17,21 +17,25 @@ from pathlib import Path
 
 import numpy as np
 
-from training import peers
+from training import frameworks, peers
 from training.peers import Spec, images
 
 FIT_STEPS = 8
 FORWARD = ("inference", "latency", "growth")
 KERAS = ("keras_mnv2", "keras.applications")
+# In the mode `host`: the same step, inside `fit`.
+IN_FIT = "keras_mnv2 fit"
 # The others, and the modes that each knows.
 PEERS = {
-    "torchvision": (peers.torchvision_eager, ("inference", "latency", "training")),
+    "torchvision": (peers.torchvision_eager, ("inference", "latency", *peers.STEPS)),
     "torchvision-folded": (peers.torchvision_folded, ("inference", "latency")),
     "onnxruntime": (peers.onnxruntime_session, ("inference", "latency")),
     "openvino": (peers.openvino_request, ("inference", "latency")),
     "litert": (peers.litert_interpreter, ("inference", "latency")),
     "matrix product": (peers.matrix_product, ("inference", "latency", "training", "fit")),
 }
+# They have no mixed precision.
+FLOAT32_ONLY = ("onnxruntime", "openvino", "litert")
 
 
 def main() -> None:
@@ -58,30 +62,50 @@ def serve(spec: Spec, answer: Callable[..., None]) -> None:
     start = time.perf_counter()
     if spec.path:
         call, facts = file_call(spec), {}
-    elif spec.contender in KERAS:
+    elif spec.backend:
         call, facts = keras_contender(spec)
     else:
         call, facts = PEERS[spec.contender][0](spec), {}
     if spec.mode == "build":
         answer(**facts)
         return
-    call(), call()
-    answer(**facts, start_seconds=time.perf_counter() - start)
+    first = time.perf_counter()
+    call(1) if spec.in_fit else call()
+    facts["first_step_seconds"] = time.perf_counter() - first
+    call()
+    facts["start_seconds"] = time.perf_counter() - start
+    facts["gpu"] = frameworks.gpu(spec.framework)
+    facts["tf32"] = frameworks.tf32(spec.framework) if spec.precision == "float32" else None
+    if spec.mode == "host" and spec.framework == "torch":
+        facts["aten_calls"] = calls_of_a_step(call, spec)
+    answer(**facts)
     for line in sys.stdin:
         call()  # Wakes the threads.
         end, times = time.perf_counter() + float(line), []
         while time.perf_counter() < end or len(times) < 3:
             before = time.perf_counter()
-            found = call()  # A fit times its own steps.
-            times.append(found if isinstance(found, float) else time.perf_counter() - before)
-        answer(times=times, peak_memory=process_memory("VmHWM"), device_memory=device_memory(spec.backend or "torch"))
+            found = call()
+            # A fit times its own steps. What another call gives may be a number too: torchvision's loss.
+            times.append(found if spec.in_fit else time.perf_counter() - before)
+        memory = {"peak_memory": process_memory("VmHWM"), "device_memory": frameworks.gpu_memory(spec.framework)}
+        answer(times=times, **memory)
 
 
-def keras_contender(spec: Spec) -> tuple[Callable[[], object], dict]:
+def calls_of_a_step(call: Callable, spec: Spec) -> int:
+    """PyTorch's operators in one step; in a fit, what a third step adds to two."""
+    if spec.in_fit:
+        return frameworks.operators(lambda: call(3)) - frameworks.operators(lambda: call(2))
+    return frameworks.operators(call)
+
+
+def keras_contender(spec: Spec) -> tuple[Callable, dict]:
     """The call of a Keras model, and what its start took: seconds and resident memory."""
-    importlib.import_module("keras")
+    frameworks.set_threads(spec.framework, spec.threads)
+    keras = importlib.import_module("keras")
+    if spec.precision != "float32":
+        keras.config.set_dtype_policy(f"mixed_{spec.precision}")
     start = time.perf_counter()
-    importlib.import_module(spec.contender)
+    importlib.import_module(spec.module)
     facts = {"import_seconds": time.perf_counter() - start}
     if spec.mode == "growth":
         # What a framework loads at its first call depends on neither batch nor size.
@@ -96,40 +120,47 @@ def keras_contender(spec: Spec) -> tuple[Callable[[], object], dict]:
 
 def keras_model(spec: Spec):
     """keras.applications' model or ours; ours without batch norms where only forward passes are wanted."""
-    module = importlib.import_module(spec.contender)
+    module = importlib.import_module(spec.module)
     model = module.MobileNetV2((spec.size, spec.size, 3), alpha=spec.alpha, weights=None)
     fold = spec.contender == "keras_mnv2" and spec.fold and spec.mode in FORWARD
     return module.fold_batch_norm(model) if fold else model
 
 
-def keras_call(model, spec: Spec) -> Callable[[], object]:
-    """One prediction or training step, from NumPy arrays; or a short fit, which gives the seconds of its steps."""
+def keras_call(model, spec: Spec) -> Callable:
+    """One prediction or training step; or a short fit of so many steps, which gives the seconds of one.
+
+    It starts from NumPy arrays, or from tensors that are on the device.
+    """
     import keras
 
     x, y = images(spec), np.arange(spec.batch) % 1000
+    if spec.in_fit:
+        x, y = np.concatenate([x] * FIT_STEPS), np.concatenate([y] * FIT_STEPS)
+    if spec.on_device:
+        x, y = frameworks.on_device(spec.framework, x), frameworks.on_device(spec.framework, y)
     if spec.mode in FORWARD:
-        return lambda: model.predict_on_batch(x)
+        run = frameworks.forward(spec.framework, model) if spec.on_device else model.predict_on_batch
+        return lambda: run(x)
     optimizer, loss = keras.optimizers.SGD(0.01, momentum=0.9), "sparse_categorical_crossentropy"
-    if spec.mode == "fit":
-        model.compile(optimizer, loss, metrics=["accuracy"])
-        many_x, many_y = np.concatenate([x] * FIT_STEPS), np.concatenate([y] * FIT_STEPS)
-        ends: list[float] = []
-        clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
+    model.compile(optimizer, loss, metrics=["accuracy"] if spec.mode == "fit" else None)
+    if not spec.in_fit:
 
-        def fit():
-            # From the end of the first step: what comes before is paid once a fit.
-            ends.clear()
-            model.fit(many_x, many_y, batch_size=spec.batch, verbose=0, callbacks=[clock])
-            return float(np.median(np.diff(ends)))
+        def step():
+            # It waits for the loss, which is no time.
+            model.train_on_batch(x, y)
 
-        return fit
-    model.compile(optimizer, loss)
+        return step
+    ends: list[float] = []
+    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: ends.append(time.perf_counter()))
 
-    def step():
-        # What it returns, the loss, is no time.
-        model.train_on_batch(x, y)
+    def fit(steps: int = FIT_STEPS) -> float:
+        # From the end of the first step: what comes before is paid once a fit.
+        ends.clear()
+        rows = steps * spec.batch
+        model.fit(x[:rows], y[:rows], batch_size=spec.batch, verbose=0, callbacks=[clock])
+        return float(np.median(np.diff(ends))) if steps > 1 else 0.0
 
-    return step
+    return fit
 
 
 def file_call(spec: Spec) -> Callable[[], object]:
@@ -157,18 +188,6 @@ def process_memory(field: str) -> int:
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def device_memory(framework: str) -> int:
-    """Peak bytes that the framework took on a GPU; 0 where it uses none."""
-    module = sys.modules.get(framework)
-    if framework == "tensorflow" and module and module.config.list_physical_devices("GPU"):
-        return module.config.experimental.get_memory_info("GPU:0")["peak"]
-    if framework == "jax" and module and module.default_backend() == "gpu":
-        return module.devices()[0].memory_stats()["peak_bytes_in_use"]
-    if framework == "torch" and module and module.cuda.is_available():
-        return module.cuda.max_memory_allocated()
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ NumPy arrays as `predict_on_batch` does, or one training step. Frameworks are im
 holds only its own.
 """
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable
@@ -14,7 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from training import frameworks
+
+# Of the matrices. A product of the smaller ones is over before a GPU has been told of it.
 PRODUCT_SIDE = 2048
+GPU_PRODUCT_SIDE = 8192
+# `host` is a training step too.
+STEPS = ("training", "host")
 
 
 @dataclass(frozen=True)
@@ -24,13 +31,17 @@ class Spec:
     Attributes:
         contender: its name.
         backend: Keras's, empty for a contender that is not a Keras model.
-        mode: inference, latency, training, fit, build or growth.
+        mode: inference, latency, training, fit, host, build, growth or exports.
         alpha: width multiplier.
         size: side of the images, in pixels.
         batch: images a call.
         fold: whether to fold the batch norms of keras_mnv2 for inference.
         folder: for temporary files; whoever starts the process removes it.
         path: of an exported file, or a whole model, that is run instead.
+        precision: float32 or bfloat16, which is mixed: the weights are in float32.
+        on_device: whether images and labels are put on the device once, and outputs stay there.
+        threads: of the framework; None leaves its default.
+        limit: seconds that the start, and each turn, may take; None for no limit.
     """
 
     contender: str
@@ -42,6 +53,25 @@ class Spec:
     fold: bool
     folder: str
     path: str = ""
+    precision: str = "float32"
+    on_device: bool = False
+    threads: int | None = None
+    limit: float | None = None
+
+    @property
+    def framework(self) -> str:
+        """Keras's backend; PyTorch for what is no Keras model."""
+        return self.backend or "torch"
+
+    @property
+    def module(self) -> str:
+        """Where a Keras model comes from."""
+        return self.contender.removesuffix(" fit")
+
+    @property
+    def in_fit(self) -> bool:
+        """Whether the steps are those of `model.fit`."""
+        return bool(self.backend) and (self.mode == "fit" or self.contender.endswith(" fit"))
 
     @property
     def label(self) -> str:
@@ -59,16 +89,18 @@ def torchvision_eager(spec: Spec) -> Callable[[], object]:
     import torch
 
     model = _torchvision_model(spec)
-    if spec.mode != "training":
+    if spec.mode not in STEPS:
         return _torch_inference(model.eval(), spec)
-    model = model.to(_torch_device(), memory_format=torch.channels_last).train()
+    device = frameworks.torch_device()
+    model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    x = torch.from_numpy(images(spec)).permute(0, 3, 1, 2)
-    y = torch.arange(spec.batch) % 1000
+    x = _torch_images(spec)
+    y = torch.arange(spec.batch, device=x.device) % 1000
 
     def step():
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(model(x.to(_torch_device())), y.to(_torch_device()))
+        with _precision(spec):
+            loss = torch.nn.functional.cross_entropy(model(x.to(device)), y.to(device))
         loss.backward()
         optimizer.step()
         return loss.item()  # Waits for the device.
@@ -87,26 +119,41 @@ def _torchvision_model(spec: Spec):
     import torch
     import torchvision
 
+    frameworks.set_threads("torch", spec.threads)
     torch.manual_seed(0)
     return torchvision.models.mobilenet_v2(width_mult=spec.alpha)
 
 
-def _torch_device() -> str:
+def _torch_images(spec: Spec):
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _torch_inference(model, spec: Spec) -> Callable[[], np.ndarray]:
-    import torch
-
-    model = model.to(_torch_device(), memory_format=torch.channels_last)
+    x = torch.from_numpy(images(spec))
     # Permuted NHWC is channels-last memory.
-    x = torch.from_numpy(images(spec)).permute(0, 3, 1, 2)
+    return (x.to(frameworks.torch_device()) if spec.on_device else x).permute(0, 3, 1, 2)
+
+
+def _precision(spec: Spec) -> contextlib.AbstractContextManager:
+    import torch
+
+    if spec.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(frameworks.torch_device(), dtype=getattr(torch, spec.precision))
+
+
+def _torch_inference(model, spec: Spec) -> Callable[[], object]:
+    import torch
+
+    device = frameworks.torch_device()
+    model = model.to(device, memory_format=torch.channels_last)
+    x = _torch_images(spec)
 
     def infer():
-        with torch.inference_mode():
-            return model(x.to(_torch_device())).cpu().numpy()
+        with torch.inference_mode(), _precision(spec):
+            found = model(x.to(device))
+        if not spec.on_device:
+            return found.float().cpu().numpy()
+        frameworks.wait("torch", found)
+        return found
 
     return infer
 
@@ -117,7 +164,7 @@ def onnxruntime_session(spec: Spec) -> Callable[[], np.ndarray]:
 
     x = _nchw_images(spec)
     settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = os.cpu_count()
+    settings.intra_op_num_threads = spec.threads or os.cpu_count()
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     session = onnxruntime.InferenceSession(_convert(export_onnx, spec), settings, providers=providers)
@@ -131,7 +178,9 @@ def openvino_request(spec: Spec) -> Callable[[], np.ndarray]:
 
     x = _nchw_images(spec)
     # On some CPUs OpenVINO would compute in bfloat16 by default.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if spec.threads:
+        settings["INFERENCE_NUM_THREADS"] = spec.threads
     compiled = openvino.Core().compile_model(_convert(export_onnx, spec), "CPU", settings)
     request = compiled.create_infer_request()
     return lambda: request.infer([x])[0]
@@ -142,7 +191,7 @@ def litert_interpreter(spec: Spec) -> Callable[[], np.ndarray]:
     from ai_edge_litert.interpreter import Interpreter
 
     x = images(spec)
-    interpreter = Interpreter(_convert(export_litert, spec), num_threads=os.cpu_count())
+    interpreter = Interpreter(_convert(export_litert, spec), num_threads=spec.threads or os.cpu_count())
     source, target = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
     interpreter.resize_tensor_input(source, x.shape)
     interpreter.allocate_tensors()
@@ -192,20 +241,31 @@ def export_litert(spec: Spec) -> str:
     return str(file)
 
 
+def product_side(gpu: str | None) -> int:
+    """Side of the matrices of `matrix_product`."""
+    return GPU_PRODUCT_SIDE if gpu else PRODUCT_SIDE
+
+
 def matrix_product(spec: Spec) -> Callable[[], object]:
-    """A product of two float32 matrices by PyTorch, or by NumPy where that is missing: the machine's peak."""
-    a, b = np.random.default_rng(0).uniform(-1, 1, (2, PRODUCT_SIDE, PRODUCT_SIDE)).astype("float32")
+    """A product of two matrices by PyTorch, or in float32 by NumPy where that is missing: the machine's peak."""
     try:
         import torch
     except ModuleNotFoundError:
+        if spec.precision != "float32":
+            raise
+        a, b = _matrices(PRODUCT_SIDE)
         return lambda: a @ b
-    torch.backends.cuda.matmul.allow_tf32 = False
-    x, y = (torch.from_numpy(array).to(_torch_device()) for array in (a, b))
+    frameworks.set_threads("torch", spec.threads)
+    side = product_side(frameworks.gpu("torch"))
+    x, y = (frameworks.on_device("torch", a).to(getattr(torch, spec.precision)) for a in _matrices(side))
 
     def product():
         result = x @ y
-        if result.is_cuda:
-            torch.cuda.synchronize()
+        frameworks.wait("torch", result)
         return result
 
     return product
+
+
+def _matrices(side: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(-1, 1, (2, side, side)).astype("float32")

@@ -6,6 +6,7 @@ import matplotlib.figure
 import numpy as np
 
 from training import files
+from training.peers import product_side
 
 OURS = "keras_mnv2"
 PEERS = ("torchvision", "torchvision-folded", "onnxruntime", "openvino", "litert")
@@ -17,7 +18,9 @@ COLUMNS = {
     "images/s": ("images_per_second", "{:.1f}"),
     "import, s": ("import_seconds", "{:.2f}"),
     "build, s": ("build_seconds", "{:.2f}"),
+    "first step, s": ("first_step_seconds", "{:.2f}"),
     "spread": ("spread", "{:.0%}"),
+    "aten calls": ("aten_calls", "{}"),
     "MB": ("megabytes", "{:.2f}"),
     "largest difference": ("largest_difference", "{:.1e}"),
     "mean error": ("mean_absolute_error", "{:.1e}"),
@@ -33,14 +36,16 @@ COLUMNS = {
     "of peak": ("share_of_peak", "{:.1%}"),
     "MiB": ("peak_memory_mib", "{:.0f}"),
     "GPU MiB": ("device_memory_mib", "{:.0f}"),
+    "GPU": ("gpu", "{}"),
+    "TF32": ("tf32", "{}"),
 }
 
 
 def compare(rows: list[dict]) -> None:
     """Gives each row its ratios: how many times as fast it is as each reference that was measured.
 
-    The references are keras.applications on the same backend, each other peer in the same mode, for a step of `fit`
-    the same model's `train_on_batch`, and for exported files the model that they come from.
+    The references are keras.applications on the same backend, each other peer in the same mode, for a step inside
+    `fit` the same model's `train_on_batch`, and for exported files the model that they come from.
     """
     seconds = {(row["mode"], row["contender"]): row["seconds"] for row in rows}
     for row in rows:
@@ -49,6 +54,8 @@ def compare(rows: list[dict]) -> None:
         references["keras"] = (row["mode"], f"keras.applications, {backend}")
         if row["mode"] == "fit":
             references["train_on_batch"] = ("training", row["contender"])
+        if row["contender"].startswith(f"{OURS} fit"):
+            references["train_on_batch"] = (row["mode"], f"{OURS}, {backend}")
         if row["mode"] == "exports":
             references = {"unfolded": (row["mode"], f"{OURS}, {backend}")}
         row["ratios"] = {
@@ -64,6 +71,14 @@ def share_of_peak(multiply_adds: int, mode: str, images_per_second: float, peak:
     """
     passes = 3 if mode in ("training", "fit") else 1
     return 2 * passes * multiply_adds * images_per_second / peak if peak else None
+
+
+def peak_line(flops: float, precision: str, facts: dict) -> str:
+    """The peak in words, with the GPU that computed it, and where it computes in TF32."""
+    side = product_side(facts["gpu"])
+    words = [precision, f"{side}x{side} matrices", *([facts["gpu"]] if facts["gpu"] else [])]
+    words += [f"TF32: {facts['tf32']}"] if facts["tf32"] else []
+    return f"peak: {flops / 1e9:.0f} GFLOP/s ({', '.join(words)})"
 
 
 def table(rows: list[dict]) -> str:

@@ -543,6 +543,7 @@ def run_block(units: Sequence[Unit], x: Any, shortcut: bool, training: Any, data
     sides = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
     if training and (found := ops.train_block(units, x, shortcut)) is not None:
         return found
+    computed: list[Callable[[Any], Any]]
     if training:
         computed = [functools.partial(unit, training=training, own=own) for unit in units]
         return run(x)

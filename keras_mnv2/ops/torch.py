@@ -164,21 +164,24 @@ def fold(kernel, depthwise, gamma, beta, mean, variance, epsilon):
 
 
 class Kernel:
-    """A kernel of Keras and, once it is asked for, its copy (out, in / groups, height, width), which convolutions read."""
+    """A kernel of Keras and, once asked for, its copy (out, in / groups, height, width), which convolutions read."""
 
-    __slots__ = ("_weight", "axes", "kernel")
+    __slots__ = ("_axes", "_weight", "kernel")
 
     def __init__(self, kernel, depthwise):
         self.kernel = kernel
-        self.axes = (2, 3, 0, 1) if depthwise else (3, 2, 0, 1)
+        self._axes = (2, 3, 0, 1) if depthwise else (3, 2, 0, 1)
         self._weight = None
 
     @property
     def weight(self):
+        """(out, in / groups, height, width)."""
         if self._weight is None:
-            weight = self.kernel.permute(self.axes)
-            # Of 1x1 kernels and their gradients PyTorch makes the copy that it needs; larger ones it would read slowly.
-            self._weight = weight if tuple(self.kernel.shape[:2]) == (1, 1) and torch.is_grad_enabled() else weight.contiguous()
+            weight = self.kernel.permute(self._axes)
+            # PyTorch's convolutions read height and width last; they would copy a kernel of other strides slowly. Of
+            # 1x1 kernels with gradients they make the copy that they need.
+            as_it_lies = tuple(self.kernel.shape[:2]) == (1, 1) and torch.is_grad_enabled()
+            self._weight = weight if as_it_lies else weight.contiguous()
         return self._weight
 
 

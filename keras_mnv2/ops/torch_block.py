@@ -1,8 +1,8 @@
 """A block in training on PyTorch: one node of autograd for its convolutions, batch norms, ReLU6 and shortcut.
 
 Layer by layer the host makes some hundred calls a unit, many of them to permute kernels and to follow the moving
-statistics, and autograd keeps one image more a unit. Here images are rows of pixels, (batch * height * width, channels):
-a 1x1 convolution is then a matrix product with Keras's kernel as it lies.
+statistics, and autograd keeps one image more a unit. Here images are rows of pixels, (batch * height * width,
+channels): a 1x1 convolution is then a matrix product with Keras's kernel as it lies.
 """
 
 import functools
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from keras_mnv2.ops.padding import spatial_padding
 
-# Up to here a matrix product with its gradients takes as long as the convolution, without a permuted kernel. From 16 to
-# 96 channels the convolution and its gradients take 15 ms for 28 at 200,000 rows (two x86 cores), from 64 to 384 2.5 for
-# 3.0 at 3,000. On a GPU it is always the product.
+# Up to here a matrix product with its gradients takes as long as the convolution, without a permuted kernel. From 16
+# to 96 channels the convolution and its gradients take 15 ms for 28 at 200,000 rows (two x86 cores), from 64 to 384
+# 2.5 for 3.0 at 3,000. On a GPU it is always the product.
 MOST_ROWS = 2**10
 # So many are cleared as fast as the rows and columns at their edges.
 FEW_NUMBERS = 2**16
@@ -103,7 +103,8 @@ class _Block(torch.autograd.Function):
         shape = tuple(x.shape[:3])
         first = rows = _contiguous(x)
         images = None
-        saved, calls = [], []
+        saved: list = []
+        calls = []
         window = _window_of(steps[0], parameters[0], rows, shape)
         last = len(steps) - 1
         for i, step in enumerate(steps):
@@ -177,11 +178,10 @@ class _Block(torch.autograd.Function):
                 g = g.mm(_transposed(weight)) if of_source else None
             else:
                 g, by_kernel = _convolve_backward(step, window, _images(g, after), source, weight, of_source, of_kernel)
-                if of_kernel:
-                    by_kernel = _keras_kernel(step, by_kernel)
+                by_kernel = _keras_kernel(step, by_kernel) if of_kernel else None
                 if of_source and window.around:
                     g, behind = _inside(g, window.around), _inside(source, window.around)
-            if of_kernel:
+            if by_kernel is not None:
                 found[3 * i] = by_kernel if by_kernel.dtype is kernel.dtype else by_kernel.to(kernel.dtype)
             # Inside of zeros a new tensor is made, which has no gaps.
             own, after = not (window and window.around), shape
@@ -215,9 +215,10 @@ def _normalize(step, x, gamma, beta):
 def _window_of(step, kernel, rows, shape):
     """How a unit's convolution is called, or None where it is a matrix product."""
     size = tuple(kernel.shape[:2])
-    if size == (1, 1) and step.stride == 1 and not step.depthwise and (len(rows) <= MOST_ROWS or rows.is_cuda):
-        if isinstance(step.padding, str) or not any(map(any, step.padding)):
-            return None
+    pointwise = size == (1, 1) and step.stride == 1 and not step.depthwise
+    unpadded = isinstance(step.padding, str) or not any(map(any, step.padding))
+    if pointwise and unpadded and (len(rows) <= MOST_ROWS or rows.is_cuda):
+        return None
     return _window(step.padding, size, shape[1:], step.stride, step.dilation)
 
 

@@ -47,7 +47,7 @@ class MobileNetV2Model(keras.Model):
         try:
             return super().train_step(*args, **kwargs)
         finally:
-            del self.__dict__["_weights_of_step"]
+            self.__dict__.pop("_weights_of_step", None)
 
     def _should_torch_compile(self):
         # The network is compiled as one graph (see `call`). Keras would have all that a step does traced, down to how

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import warnings
 from typing import Any
 
 import keras
@@ -50,8 +51,18 @@ class MobileNetV2Model(keras.Model):
             self.__dict__.pop("_weights_of_step", None)
 
     def _should_torch_compile(self):
-        # The network is compiled as one graph (see `call`). Keras would have all that a step does traced, down to how
-        # it counts its losses: minutes, in dozens of graphs.
+        if not super()._should_torch_compile():
+            return False
+        if self._plan_of_now() is not None:
+            # The network is compiled as one graph (see `call`). Keras would have all that a step does traced, down to
+            # how it counts its losses: minutes, in dozens of graphs.
+            return False
+        if self._plan is None:
+            return True
+        warnings.warn(
+            "jit_compile=True has no effect while somebody watches a layer of the model or has replaced its call.",
+            stacklevel=2,
+        )
         return False
 
     @property

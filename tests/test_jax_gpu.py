@@ -254,7 +254,7 @@ def test_the_kernels_of_pallas_lower_to_triton():
 def test_an_unknown_choice_is_an_error(choose, monkeypatch, rng):
     choose("products")
     monkeypatch.setenv("KERAS_MNV2_JAX_DEPTHWISE", "triton")
-    with pytest.raises(ValueError, match=r"must be 'products' or 'pallas'\. Received: 'triton'"):
+    with pytest.raises(ValueError, match=r"must be 'products' or 'pallas', got 'triton'\."):
         ops.depthwise_convolution(*draw(rng))
 
 

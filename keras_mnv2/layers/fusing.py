@@ -70,14 +70,14 @@ class Unit:
                 stand for at the moment.
         """
         norm = self.norm
+        if training and norm is not None and (found := ops.train_block((self,), x, False)) is not None:
+            return found
         kernel, bias = self._parameters(own)
         if norm is None:
             y = self.convolve(x, kernel, bias)
         elif not self.plain_norm or ops.is_watched(norm) or (bias is not None and not training):
             y = norm(self.convolve(x, kernel, bias), training=training)
         elif training and norm.trainable:
-            if (found := ops.train_block((self,), x, False)) is not None:
-                return found
             y = normalize_by_batch(norm, self.convolve(x, kernel, bias), self.data_format)
         else:
             y = self.convolve(x, *ops.fold(kernel, self.depthwise, *self._of_norm(own), norm.epsilon))

@@ -30,7 +30,7 @@ class _Direct(Part):
 
     def __call__(self, *args, **kwargs):
         if ops.is_compiling():
-            return ops.uncompiled(_Direct._call)(self, *args, **kwargs)
+            return ops.uncompiled(self._call, *args, **kwargs)
         return self._call(*args, **kwargs)
 
     def _call(self, *args, **kwargs):

@@ -45,9 +45,9 @@ def is_compiling() -> bool:
     return False
 
 
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which runs as it is while a compiler is at work around it."""
-    return function
+def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `function` gives, run as it is while a compiler is at work around it."""
+    return function(*args, **kwargs)
 
 
 def versions(call: Any) -> Any:

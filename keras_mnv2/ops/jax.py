@@ -153,11 +153,11 @@ def _form():
 
 
 def _depthwise_form():
-    if _form() != "gpu":
-        return _form()
     chosen = os.environ.get("KERAS_MNV2_JAX_DEPTHWISE", "products")
     if chosen not in ("products", "pallas"):
-        raise ValueError(f"KERAS_MNV2_JAX_DEPTHWISE must be 'products' or 'pallas'. Received: {chosen!r}")
+        raise ValueError(f"KERAS_MNV2_JAX_DEPTHWISE must be 'products' or 'pallas', got {chosen!r}.")
+    if _form() != "gpu":
+        return _form()
     # XLA would gather all images on each device for a kernel that is not its own.
     return "pallas" if chosen == "pallas" and keras.distribution.distribution() is None else "gpu"
 

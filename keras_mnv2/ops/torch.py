@@ -6,6 +6,7 @@ backend copies here. The figures are of alpha 1.0 at 224x224 in float32 on two x
 
 import operator
 import sys
+import warnings
 import weakref
 
 import keras
@@ -79,7 +80,15 @@ def is_compiling():
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
-uncompiled = torch.compiler.disable
+@torch.compiler.disable
+def uncompiled(function, *args, **kwargs):
+    """See `keras_mnv2.ops.default.uncompiled`."""
+    warnings.warn(
+        "The layers of MobileNetV2 that a model calls one by one run uncompiled inside torch.compile. The model that "
+        "MobileNetV2 gives is compiled where it is called as a whole.",
+        stacklevel=2,
+    )
+    return function(*args, **kwargs)
 
 
 def versions(call):

@@ -272,9 +272,12 @@ def _relu6_with_zeros(images, around):
 
 
 def _inside(images, around):
-    """The view of NCHW images in the channels-last format without the zeros around them."""
+    """The view of NCHW images without the zeros around them."""
     left, right, top, bottom = around
     n, c, h, w = images.shape
+    if not images.is_contiguous(memory_format=torch.channels_last):
+        # As some devices give the gradient of the images.
+        return images[:, :, top : h - bottom, left : w - right]
     size, offset = (n, c, h - top - bottom, w - left - right), images.storage_offset() + (top * w + left) * c
     return images.as_strided(size, (h * w * c, 1, w * c, c), offset)
 

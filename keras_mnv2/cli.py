@@ -4,6 +4,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import importlib
 import json
 import sys
 import time
@@ -46,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 where the caller's input was at fault, with one line on stderr.
     """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        return _train(words[1:])
     parser = _parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_args(words)
     if options.command is None:
         parser.print_help(sys.stderr)
         return 2
@@ -105,10 +109,26 @@ def _parser():
     weights = add("weights", _weights, "the table of published checkpoints")
     weights.add_argument("pattern", nargs="?", default="*", help="of the names, such as 'timm/*'")
 
+    commands.add_parser("train", help="trains a recipe on a data set; `keras-mnv2 train --help` has its own arguments")
+
     profile = add("profile", _profile, "parameters, multiply-adds and memory of each row")
     profile.add_argument("--alpha", type=float, default=1.0)
     profile.add_argument("--size", type=int, default=224, help="pixels of each side (default 224)")
     return parser
+
+
+def _train(words):
+    """The training's own command, whose arguments its settings are."""
+    try:
+        # In a checkout the training lies beside this package, and brings its name `training`.
+        beside = Path(__file__).parents[1] / "training" / "__main__.py"
+        command = importlib.import_module("training.__main__" if beside.is_file() else "keras_mnv2.training.__main__")
+    except ModuleNotFoundError as error:
+        print(f'error: train needs {error.name}: pip install "keras_mnv2[train]".', file=sys.stderr)
+        return 2
+    command.process.use_large_pages()
+    command.main(words)
+    return 0
 
 
 def _version():

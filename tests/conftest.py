@@ -25,7 +25,7 @@ OPTIMISED = {
     "test_jax",
     "test_later",
     "test_ops",
-    "test_training",
+    "test_train",
     "test_weights",
 }
 

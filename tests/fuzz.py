@@ -235,8 +235,9 @@ def settings_call(chance, folder):
         words += [flag] if fields[name].type in (bool, "bool") else [flag, value]
 
     def call():
-        from training import data, train
-        from training.batches import training_batches
+        from training.data import sets
+        from training.data.batches import training_batches
+        from training.run import train
 
         said = io.StringIO()
         try:
@@ -247,7 +248,7 @@ def settings_call(chance, folder):
                 raise ValueError(said.getvalue().strip()) from None
             raise
         # As the command goes on.
-        dataset = data.load("digits", config.image_size, None, config.held_out)
+        dataset = sets.load("digits", config.image_size, None, config.held_out)
         batches = training_batches(dataset.train, 10, config, (0, 1))
         if config.batch_size <= 256 and config.image_size <= 64:
             assert batches[0][0].shape[1:3] == (config.image_size, config.image_size)

@@ -125,7 +125,7 @@ def difference(found, expected):
 
 def signal_after(monkeypatch, epoch, step, number=signal.SIGTERM):
     """The process gets a signal within a step, as if from outside; the run ends after it."""
-    from training.progress import Progress
+    from training.run.progress import Progress
 
     original = Progress.on_train_batch_begin
 
@@ -141,8 +141,8 @@ def main():
     """Runs what `settings` makes of a JSON object; with `stop`, an epoch and a step, only so far."""
     import pytest
 
-    from training import train
-    from training.stopping import Stopped
+    from training.run import train
+    from training.state.signals import Stopped
 
     changes = json.loads(sys.argv[1])
     stop = changes.pop("stop", None)

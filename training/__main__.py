@@ -1,14 +1,14 @@
-"""`python -m training [RECIPE] [--field value ...]`."""
+"""`python -m training [RECIPE] [--field value ...]` in a checkout, `keras-mnv2 train ...` where it is installed."""
 
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 
-from training import memory, ranges
-from training.config import Config
-from training.recipes import cifar10, digits, paper, torchvision, torchvision_v2, transfer
-from training.stopping import fail
+from . import process, ranges
+from .config import Config
+from .process import fail
+from .recipes import cifar10, digits, paper, torchvision, torchvision_v2, transfer
 
 RECIPES = {
     "digits": digits,
@@ -21,13 +21,13 @@ RECIPES = {
 DEFAULT = "digits"
 
 
-def main() -> None:
-    """Runs the recipe that the command line names, `digits` by default."""
-    name, arguments = split(sys.argv[1:])
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs the recipe that the words of a command line name, those of this process by default."""
+    name, arguments = split(sys.argv[1:] if words is None else words)
     config = settings(name, arguments)
     # After the parsing, so that --help does not wait for a backend.
-    from training.stopping import Stopped
-    from training.train import run
+    from .run.train import run
+    from .state.signals import Stopped
 
     try:
         run(config, repeated(name, arguments))
@@ -54,7 +54,7 @@ def settings(name: str, arguments: list[str]) -> Config:
     listing = "\n\n".join(f"{recipe}: {module.__doc__.splitlines()[0]}" for recipe, module in RECIPES.items())
     return ranges.parsed(
         Config,
-        prog=f"python -m training {name}",
+        prog=f"{process.COMMAND} {name}",
         description=f"Trains MobileNetV2. Recipes (the first argument; {DEFAULT} by default):\n\n{listing}",
         default=RECIPES[name].CONFIG,
         args=arguments,
@@ -69,9 +69,9 @@ def repeated(recipe: str, arguments: list[str]) -> str:
             del kept[kept.index(flag) : kept.index(flag) + 2]
     kept = [word for word in kept if not word.startswith(("--run-dir=", "--run_dir=")) and word != "--resume"]
     backend = os.environ.get("KERAS_BACKEND")
-    return f"{f'KERAS_BACKEND={backend} ' if backend else ''}{shlex.join(['python', '-m', 'training', recipe, *kept])}"
+    return f"{f'KERAS_BACKEND={backend} ' if backend else ''}{process.COMMAND} {shlex.join([recipe, *kept])}"
 
 
 if __name__ == "__main__":
-    memory.use_large_pages("training")
+    process.use_large_pages()
     main()

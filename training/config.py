@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from training.ranges import (
+from .ranges import (
     Amount,
     Batch,
     Count,

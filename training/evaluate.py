@@ -16,9 +16,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from training import files, metrics
-from training.ranges import Batch, MaybePixels, MaybePositive, checked
-from training.stopping import fail
+from . import files, process
+from .process import fail
+from .ranges import Batch, MaybePixels, MaybePositive, checked
+from .report import metrics
 
 SPLITS = ("test", "validation", "train", "all")
 SCALES = ("none", "keras")
@@ -78,7 +79,7 @@ def evaluate(
     Args:
         model: a `.keras` file, a run folder, an exported file, or a checkpoint's name, address or file. A `.pt2` file
             must be the first to be evaluated in a process with TensorFlow, before Keras is imported.
-        dataset: as in `training.data.load`; by default that of the run folder.
+        dataset: as in `data.sets.load`; by default that of the run folder.
         data_dir: as there.
         split: `"test"`, `"validation"`, `"train"`, as training divides the data set, or `"all"`, every image of one
             that has no such parts.
@@ -94,7 +95,7 @@ def evaluate(
 
     Returns:
         The results, as JSON takes them: `images`, `top1`, `top5`, `calibration_error` and `per_class` of
-        `training.metrics`, `images_per_second` of reading and inference together, `waiting`, the share of that time
+        `report.metrics`, `images_per_second` of reading and inference together, `waiting`, the share of that time
         spent waiting for images, `skipped`, the images that could not be read and why, and `mistakes`, the most
         confident with name, label, prediction and probability.
 
@@ -112,7 +113,8 @@ def evaluate(
         # What PyTorch loads for it crashes the process when TensorFlow is there first.
         _readable(model, lambda: _input_shape(Path(model)))
     # Here, so that --help does not wait for a backend, and after PyTorch.
-    from training import batches, data, train
+    from .data import batches, sets
+    from .run import train
 
     run = _settings(Path(model))
     dataset = dataset or run.get("dataset")
@@ -128,13 +130,13 @@ def evaluate(
         raise ValueError(f"image_size must be {network.size}, as the model {model!r} takes it, got {size}.")
     own = run.get("evaluation_size") or run.get("image_size")
     how = batches.centre_crop(size, run.get("weights") or model, resize or (run.get("resize") if size == own else None))
-    parts, names = data.read(dataset, size, data_dir or run.get("data_dir"))
+    parts, names = sets.read(dataset, size, data_dir or run.get("data_dir"))
     if split == "all":
         if set(parts) != {"train"}:
             raise ValueError(f"split must be one of {', '.join(parts)} for {dataset!r}, which has these, got 'all'.")
         images = parts["train"]
     else:
-        images = parts.get(split) or getattr(data.complete(parts, names, run.get("held_out", True)), split)
+        images = parts.get(split) or getattr(sets.complete(parts, names, run.get("held_out", True)), split)
     ordered = batches.ordered_batches(images, len(names), how, batch_size)
 
     # Not timed: the first call compiles.
@@ -202,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         results = evaluate(**options)
         if path is not None:
-            from training.train import write_json
+            from .run.train import write_json
 
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, results)
@@ -216,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="python -m training.evaluate", description="Accuracy, confusion and mistakes of a model on a data set."
+        prog=f"python -m {process.PACKAGE}.evaluate",
+        description="Accuracy, confusion and mistakes of a model on a data set.",
     )
     parser.add_argument(
         "model",

@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from training.__main__ import settings, split
-from training.workers import LOST
+from .__main__ import settings, split
+from .parallel.channel import LOST
+from .process import PACKAGE
 
 # After the end of one worker, the others have this long to say what they know before they are told to end.
 PATIENCE = 3.0
@@ -27,7 +28,7 @@ MOST_PORT = 65535
 def main() -> int:
     """Starts the workers of this machine, waits for them, and gives the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.launch",
+        prog=f"python -m {PACKAGE}.launch",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -55,7 +56,7 @@ def main() -> int:
     numbers = [options.host_number * options.processes + i for i in range(options.processes)]
     started = {
         number: subprocess.Popen(
-            [sys.executable, "-m", "training", *options.command],
+            [sys.executable, "-m", PACKAGE, *options.command],
             env={**os.environ, **environment(number, options.processes, hosts, ports, os.environ)},
             # A terminal's Ctrl-C reaches them once, through this process.
             start_new_session=True,

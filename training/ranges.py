@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from training.stopping import fail
+from .process import fail
 
 
 @dataclass(frozen=True)

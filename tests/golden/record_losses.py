@@ -12,12 +12,12 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from training import fitting, train, transfer
-from training.batches import training_batches
 from training.config import Config
-from training.data import ArraySplit
+from training.data.batches import training_batches
+from training.data.sets import ArraySplit
 from training.recipes import cifar10, digits, paper, torchvision, torchvision_v2
 from training.recipes import transfer as transfer_recipe
+from training.run import fitting, train, transfer
 
 PATH = Path(__file__).parent / "losses.json"
 STEPS = 20

@@ -9,7 +9,7 @@ Measured, on a JPEG copy: 90.16 % in 7 minutes on an NVIDIA H200 (PyTorch, 55 ep
 in 36 minutes on two x86 cores (TensorFlow, 5 epochs). The 200 epochs were not run.
 """
 
-from training.config import Config
+from ..config import Config
 
 CONFIG = Config(
     recipe="cifar10",

@@ -6,7 +6,7 @@ has stride 1, so that the last blocks still see 2x2 pixels.
 Command: `python -m training` (or `python -m training digits`).
 """
 
-from training.config import Config
+from ..config import Config
 
 CONFIG = Config(
     recipe="digits",

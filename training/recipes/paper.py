@@ -8,7 +8,7 @@ Command: `python -m training paper --dataset imagenet2012 --data-dir DIR`.
 Expected: 72.0 % top-1 (paper, Table 4). Not measured here: ImageNet needs days on a GPU.
 """
 
-from training.config import Config
+from ..config import Config
 
 CONFIG = Config(
     recipe="paper",

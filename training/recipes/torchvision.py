@@ -8,7 +8,7 @@ Command: `python -m training torchvision --dataset imagenet2012 --data-dir DIR`.
 Expected: 71.878 % top-1 (torchvision's IMAGENET1K_V1). Not measured here: ImageNet needs days on a GPU.
 """
 
-from training.config import Config
+from ..config import Config
 
 CONFIG = Config(
     recipe="torchvision",

@@ -10,7 +10,7 @@ Command: `python -m training torchvision_v2 --dataset imagenet2012 --data-dir DI
 Expected: 72.154 % top-1 (torchvision's IMAGENET1K_V2). Not measured here: ImageNet needs days on several GPUs.
 """
 
-from training.config import Config
+from ..config import Config
 
 CONFIG = Config(
     recipe="torchvision_v2",

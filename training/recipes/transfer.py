@@ -6,7 +6,7 @@ Measured on 3,068 photographs of clothes in 10 classes, two x86 cores: 86 % with
 fine-tuned after 6 to 8 minutes, on each backend.
 """
 
-from training.config import Config
+from ..config import Config
 
 CONFIG = Config(
     recipe="transfer",

@@ -1,0 +1,1 @@
+"""Tests of the project itself: layering, documentation, packages, random arguments."""

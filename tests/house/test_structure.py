@@ -1,0 +1,236 @@
+"""The layering of the imports, the public names, the documentation's code, and one backend at a time."""
+
+import ast
+import doctest
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mnv2
+from tests.conftest import ONCE, once
+from tests.helpers import run_python
+
+ROOT = Path(__file__).parents[2]
+# Each module imports only from floors below its own (docs/architecture.md).
+FLOORS = {
+    "arguments": 0,
+    "backend": 0,
+    "initializers": 0,
+    "ops.padding": 0,
+    "architecture": 1,
+    "ops.default": 1,
+    "ops.torch_block": 1,
+    "ops.jax_pallas": 0,
+    "ops.jax_depthwise": 1,
+    "ops.tensorflow": 2,
+    "ops.jax": 2,
+    "ops.torch": 2,
+    "ops": 3,
+    "cost": 2,
+    "weights": 0,
+    "weights.bounds": 0,
+    "weights.torch_pickle": 0,
+    "weights.torch_file": 1,
+    "weights.hdf5": 1,
+    "weights.table": 1,
+    "weights.read": 2,
+    "weights.fetch": 3,
+    "weights.rename": 2,
+    "weights.source": 4,
+    "weights.widths": 5,
+    "preprocessing": 2,
+    "folders": 0,
+    "evaluation": 3,
+    "layers.block": 2,
+    "layers.fusing": 4,
+    "layers.parts": 5,
+    "layers.compact": 6,
+    "layers": 7,
+    "network": 5,
+    "rewrite": 5,
+    "build": 7,
+    "freeze": 7,
+    "quantize": 7,
+    "fold": 8,
+    "stock": 8,
+    "weights.load": 8,
+    "model": 9,
+    "formats": 0,
+    "formats.converters": 0,
+    "formats.runtimes": 0,
+    "formats.graphs": 1,
+    "export": 9,
+    "cli": 10,
+    "__main__": 11,
+    "applications.mobilenet_v2": 10,
+    "applications": 11,
+    "": 12,
+}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT / "keras_mnv2").with_suffix("").parts).removesuffix("__init__").rstrip(".")
+
+
+MODULES = {module_name(path): path for path in (ROOT / "keras_mnv2").rglob("*.py")}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = path.relative_to(ROOT).parent.parts if node.level else ()
+            start = start[: len(start) + 1 - node.level]
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_strictly_downward():
+    assert set(MODULES) == set(FLOORS)
+    for name, path in MODULES.items():
+        for target in imported(path):
+            below = target.removeprefix("keras_mnv2").removeprefix(".")
+            if target.startswith("keras_mnv2.") and below in FLOORS:
+                # A package's modules, and its front page, say `from package import module`.
+                package = below == name or (below == "ops" and name.startswith("ops."))
+                assert package or FLOORS[below] < FLOORS[name], f"{name} imports {below}"
+
+
+def test_only_public_keras_is_used():
+    for path in [*MODULES.values(), *(ROOT / "training").rglob("*.py")]:
+        assert not [name for name in imported(path) if name.startswith("keras.src")], path
+
+
+def test_training_imports_only_public_names():
+    for path in (ROOT / "training").rglob("*.py"):
+        names = {name for name in imported(path) if name.startswith("keras_mnv2.")}
+        assert not names, f"{path} imports {names}"
+
+
+def test_the_public_names():
+    assert set(keras_mnv2.__all__) == {
+        "Checkpoint",
+        "CostProfile",
+        "ExportReport",
+        "MobileNetV2",
+        "Preprocessing",
+        "applications",
+        "class_folders",
+        "cost_profile",
+        "decode_predictions",
+        "evaluation_data",
+        "export",
+        "fold_batch_norm",
+        "freeze",
+        "from_keras",
+        "layers",
+        "list_weights",
+        "load_export",
+        "load_image",
+        "load_weights",
+        "preprocess_input",
+        "quantize_aware",
+        "resize_and_crop",
+        "save_weights",
+        "unfreeze",
+    }
+    for name in keras_mnv2.__all__:
+        assert getattr(keras_mnv2, name).__doc__
+
+
+# Their examples start processes.
+EXPORTING = ("export", "formats.runtimes")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=ONCE if name in EXPORTING else []) for name in sorted(FLOORS)]
+)
+def test_the_examples_of_docstrings_run(name, tmp_path, monkeypatch):
+    parts = name.split(".")
+    if parts[0] == "ops" and parts[-1].partition("_")[0] in {"tensorflow", "jax", "torch"} - {keras.backend.backend()}:
+        assert ">>>" not in MODULES[name].read_text()
+        return
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"keras_mnv2.{name}".rstrip("."))
+    names = {**{n: getattr(keras_mnv2, n) for n in keras_mnv2.__all__}, **vars(module), "np": np}
+    assert doctest.testmod(module, globs=names).failed == 0
+
+
+@once
+def test_readmes_python_blocks_run(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+
+
+def test_readme_is_short_and_has_two_set_up_commands():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    commands = re.findall(r"^python3 -m venv .*$", text, re.MULTILINE)
+    assert len(commands) == 2
+
+
+ALONE = """
+import sys
+from importlib.machinery import PathFinder
+
+hidden = {"tensorflow", "jax", "jaxlib", "torch"} - set(sys.argv[2].split(","))
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *args, **kwargs):
+        return None if name.partition(".")[0] in hidden else super().find_spec(name, *args, **kwargs)
+
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+import numpy as np, keras, keras_mnv2
+model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)
+model.compile("sgd", "sparse_categorical_crossentropy")
+x, y = np.zeros((4, 32, 32, 3), "float32"), np.zeros(4, "int32")
+model.fit(x, y, verbose=0)
+expected = model.predict(x, verbose=0)
+model.save(sys.argv[1])
+assert np.array_equal(keras.models.load_model(sys.argv[1]).predict(x, verbose=0), expected)
+if "tensorflow" not in sys.argv[2]:
+    try:
+        keras_mnv2.export(model, "nowhere")
+    except ImportError as error:
+        assert "pip install" in str(error)
+    else:
+        raise SystemExit("the missing TensorFlow went unnoticed")
+print("fit, predicted, saved, loaded")
+"""
+
+
+def test_one_backend_alone_is_enough(tmp_path):
+    backend = keras.backend.backend()
+    present = {"tensorflow": "tensorflow", "jax": "jax,jaxlib", "torch": "torch"}[backend]
+    assert run_python(ALONE, backend, tmp_path / "model.keras", present).strip() == "fit, predicted, saved, loaded"
+
+
+IMPORT = """
+import time, keras
+start = time.perf_counter()
+import keras_mnv2
+print(time.perf_counter() - start)
+"""
+
+
+def test_the_import_is_cheap():
+    # The aim is 0.1 s; five times that is a mistake, such as importing TensorFlow for an export.
+    assert float(run_python(IMPORT, keras.backend.backend()).split()[-1]) < 0.5
+
+
+def test_ci_runs_readmes_command():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()

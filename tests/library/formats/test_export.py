@@ -1,0 +1,513 @@
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mnv2
+from tests.conftest import once, once_on
+from tests.helpers import note, randomise
+
+ROOT = Path(__file__).parents[3]
+FORMATS = [
+    ("tf_saved_model", "float32", "model"),
+    ("onnx", "float32", "model.onnx"),
+    ("litert", "float32", "model.tflite"),
+    ("litert", "float16", "model.tflite"),
+    ("litert", "dynamic_int8", "model.tflite"),
+    ("litert", "int8", "model.tflite"),
+    ("openvino", "float32", "model.xml"),
+    ("torch", "float32", "model.pt2"),
+]
+# Each format on one backend, and each way to it: from this process, and through another.
+HERE = {
+    "tensorflow": ("tf_saved_model", "onnx", "openvino", "litert float16"),
+    "jax": ("tf_saved_model", "torch", "litert int8"),
+    "torch": ("torch", "onnx", "litert float32", "litert dynamic_int8", "litert int8"),
+}[keras.backend.backend()]
+MATRIX = [
+    pytest.param(*row, marks=[] if {row[0], f"{row[0]} {row[1]}"} & set(HERE) else pytest.mark.slow) for row in FORMATS
+]
+ROWS = [(1, 16, 1, 1), (6, 24, 2, 2)]
+# Most that is lost of float32: largest difference, mean absolute error, share of images with another class.
+LOSSES = {"float32": (5e-5, 5e-6, 0), "float16": (0.01, 1e-3, 0.03), "dynamic_int8": (0.1, 0.01, 0.1)}
+LABELS = ["dress", "hat", "Hose", "long sleeve", "štěně"]
+# A format that the backend writes in this process, or on JAX a cheap one.
+NATIVE = ("torch", "model.pt2") if keras.backend.backend() == "torch" else ("tf_saved_model", "model")
+LOSSES["int8"] = (0.3, 0.03, 0.2)
+
+
+def small(**arguments):
+    return keras_mnv2.MobileNetV2(
+        **{
+            "input_shape": (32, 32, 3),
+            "inverted_residual_setting": ROWS,
+            "alpha": 0.35,
+            "weights": None,
+            "classes": 5,
+            **arguments,
+        }
+    )
+
+
+def pictures(rng, count=48):
+    """Raw images with large shapes, whose scores differ more than those of noise."""
+    coarse = rng.uniform(0, 255, (count, 4, 4, 3))
+    return coarse.repeat(8, axis=1).repeat(8, axis=2).astype("float32")
+
+
+@pytest.fixture(scope="module")
+def decided():
+    """A model with in-model preprocessing that decides clearly between its classes, and images."""
+    rng = np.random.default_rng(1)
+    keras.utils.set_random_seed(0)
+    # In the order in which the compact form draws its numbers: what 8 and 16 bits lose depends on them.
+    compact, images = small(include_preprocessing=True, block=keras_mnv2.layers.InvertedResidual), pictures(rng)
+    randomise(compact, rng, images)
+    model = small(include_preprocessing=True)
+    model.set_weights(compact.get_weights())
+    features = keras.Model(model.inputs, model.get_layer("predictions").input).predict(images, verbose=0)
+    kernel = rng.normal(0, 1, (features.shape[1], 5))
+    scores = (features - features.mean(0)) @ kernel
+    kernel *= 4 / scores.std(0)
+    model.get_layer("predictions").set_weights([kernel, -features.mean(0) @ kernel])
+    assert np.bincount(model.predict(images, verbose=0).argmax(1), minlength=5).min() > 2
+    return model, images
+
+
+@pytest.fixture(scope="module")
+def exported(decided, tmp_path_factory):
+    """Exports that model when a format is first asked for: a function from format and precision to the report."""
+
+    def once(format, precision="float32"):
+        if (format, precision) in reports:
+            return reports[format, precision]
+        model, images = decided
+        name = next(name for f, _, name in FORMATS if f == format)
+        reports[format, precision] = keras_mnv2.export(
+            model,
+            tmp_path_factory.mktemp("exported") / "out" / name,
+            format,
+            precision=precision,
+            calibration=images if precision == "int8" else None,
+            labels=LABELS if format == "tf_saved_model" else None,
+            sample=images,
+        )
+        return reports[format, precision]
+
+    reports = {}
+    return once
+
+
+@pytest.mark.parametrize(("format", "precision", "name"), MATRIX)
+def test_every_format_gives_the_models_numbers_in_its_own_runtime(format, precision, name, decided, exported, capsys):
+    model, images = decided
+    report = exported(format, precision)
+    assert str(report) in capsys.readouterr().out
+    folder = report.path.parent
+    assert {file.name for file in folder.iterdir()} == ({name, "model.bin"} if format == "openvino" else {name})
+    assert report.size == sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    largest, mean, others = LOSSES[precision]
+    for part in (images, images[:1], images[:5]):
+        (found,) = keras_mnv2.load_export(report.path)(part).values()
+        expected = model.predict(part, verbose=0)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() <= largest
+        assert np.abs(found - expected).mean() <= mean
+        if len(part) == len(images):
+            assert (found.argmax(1) != expected.argmax(1)).mean() <= others
+            # What was reported is what anybody finds.
+            assert report.largest_difference == pytest.approx(np.abs(found - expected).max(), rel=0.3, abs=2e-6)
+            assert report.top1_agreement == pytest.approx((found.argmax(1) == expected.argmax(1)).mean(), abs=0.021)
+    note(f"{format} {precision}: largest difference", report.largest_difference)
+    note(f"{format} {precision}: mean absolute error", report.mean_absolute_error)
+
+
+@once_on("tensorflow")
+def test_a_saved_model_has_names_labels_and_any_batch(decided, exported):
+    import tensorflow as tf
+
+    images, path = decided[1], exported("tf_saved_model").path
+    loaded = tf.saved_model.load(str(path))
+    serve = loaded.signatures["serving_default"]
+    ((name, specification),) = serve.structured_input_signature[1].items()
+    assert (name, specification.shape.as_list()) == ("image", [None, 32, 32, 3])
+    assert list(serve.structured_outputs) == ["predictions"]
+    assert serve(image=images[:3])["predictions"].shape == (3, 5)
+    listing = loaded.labels.asset_path.numpy().decode()
+    assert os.path.dirname(listing) == str(path / "assets")
+    assert tf.io.gfile.GFile(listing).read().splitlines() == LABELS
+    # Batch norms are folded: a kernel and a bias each.
+    names = {node.op for node in serve.graph.as_graph_def().node}
+    assert not [name for name in names if "BatchNorm" in name or name == "Rsqrt"]
+
+
+@once
+def test_an_onnx_file_is_standard_and_lean(exported):
+    import onnx
+
+    model = onnx.load(exported("onnx").path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version >= 23) for opset in model.opset_import] == [("", True)]
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Conv") == 1 + 2 + 2 * 3 + 1
+    assert kinds.count("Transpose") <= 2
+    assert "BatchNormalization" not in kinds
+    assert "Pad" not in kinds
+    (image,), (scores,) = model.graph.input, model.graph.output
+    assert (image.name, scores.name) == ("image", "predictions")
+    assert [d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim] == ["batch", 32, 32, 3]
+    kernels = {tuple(w.dims[2:]) for w in model.graph.initializer if len(w.dims) == 4}
+    assert kernels == {(1, 1), (3, 3)}
+
+
+@once
+@pytest.mark.parametrize("io_dtype", ["int8", "uint8"])
+def test_full_integer_files_hold_integers_alone(io_dtype, decided, exported, tmp_path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    model, images = decided
+    if io_dtype == "int8":
+        report = exported("litert", "int8")
+    else:
+        common = {"precision": "int8", "io_dtype": io_dtype, "verbose": False}
+        report = keras_mnv2.export(model, tmp_path / "model.tflite", "litert", calibration=images, **common)
+    interpreter = Interpreter(model_path=str(report.path))
+    for tensor in (*interpreter.get_input_details(), *interpreter.get_output_details()):
+        assert tensor["dtype"] == np.dtype(io_dtype)
+    assert not [tensor["name"] for tensor in interpreter.get_tensor_details() if tensor["dtype"] == np.float32]
+    assert report.images == len(images)
+    assert report.top1_agreement >= 0.8
+
+
+@once_on("tensorflow")
+def test_features_of_images_of_any_size(tmp_path):
+    # PyTorch traces the padding of uneven sides with symbols.
+    features = small(include_top=False, features=["stride_4", "block_1_expand"], input_shape=(None, None, 3))
+    report = keras_mnv2.export(features, tmp_path / NATIVE[1], NATIVE[0], verbose=False)
+    assert report.largest_difference <= 1e-5
+    assert report.top1_agreement is None
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 49, 32, 3)).astype("float32")
+    found, expected = keras_mnv2.load_export(report.path)(images), features.predict(images, verbose=0)
+    assert set(found) == set(expected)
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
+
+
+@once_on("tensorflow")
+def test_a_users_sequential_model_and_mixed_precision(tmp_path):
+    backbone = small(include_top=False, pooling="avg")
+    user = keras.Sequential(
+        [
+            keras.Input((32, 32, 3)),
+            keras.layers.RandomFlip("horizontal"),
+            keras.layers.Rescaling(1 / 127.5, -1),
+            backbone,
+            keras.layers.Dense(4, activation="softmax", name="head"),
+        ]
+    )
+    for fold in (True, False):
+        report = keras_mnv2.export(user, tmp_path / NATIVE[1], NATIVE[0], fold=fold, overwrite=True, verbose=False)
+        assert report.largest_difference <= 1e-5
+    mixed = small(dtype="mixed_bfloat16")
+    report = keras_mnv2.export(mixed, tmp_path / "b.onnx", "onnx", verbose=False)
+    assert report.largest_difference <= 0.05
+    wide = small(dtype="float32")
+    wide.set_weights(mixed.get_weights())
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 32, 32, 3)).astype("float32")
+    (found,) = keras_mnv2.load_export(tmp_path / "b.onnx")(images).values()
+    np.testing.assert_allclose(found, wide.predict(images, verbose=0), atol=1e-5)
+
+
+OWN = """
+import keras
+
+@keras.saving.register_keras_serializable("mine")
+class Twice(keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+"""
+# The format that this backend does not write by itself.
+FOREIGN = ("torch", "a.pt2") if keras.backend.backend() != "torch" else ("tf_saved_model", "a")
+
+
+@once
+def test_a_users_own_layer_crosses_over_where_it_can_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "own_layers.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    kind = importlib.import_module("own_layers").Twice
+    image = keras.Input((32, 32, 3))
+    model = keras.Model(image, kind()(image))
+    report = keras_mnv2.export(model, tmp_path / "out" / FOREIGN[1], FOREIGN[0], verbose=False)
+    assert report.largest_difference == 0
+    kind.__module__ = "__main__"
+    with pytest.raises(ValueError, match=r"model must have layers of modules that can be imported, .* got Twice"):
+        keras_mnv2.export(model, tmp_path / "out" / f"b{FOREIGN[1]}", FOREIGN[0])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [FOREIGN[1]]
+
+
+def test_what_cannot_be_folded_says_so(tmp_path):
+    class Own(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.norm = keras.layers.BatchNormalization()
+
+        def build(self, shape):
+            self.norm.build(shape)
+
+        def call(self, x):
+            return self.norm(x)
+
+    image = keras.Input((32, 32, 3))
+    with pytest.raises(ValueError, match=r"'own'.* With fold=False"):
+        keras_mnv2.export(keras.Model(image, Own()(image)), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@once_on("tensorflow")
+def test_a_path_that_exists_is_kept_unless_it_may_be_replaced(decided, tmp_path):
+    model, images = decided
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    (tmp_path / "old.pt2").write_text("old")
+    (tmp_path / "mine.bin").write_text("mine")
+    for path, format, overwrite in (
+        ("notes", "tf_saved_model", True),
+        ("old.pt2", "torch", False),
+        ("mine.xml", "openvino", False),
+    ):
+        with pytest.raises(ValueError, match=r"path must be new, or .* with overwrite=True, got .*, which exists"):
+            keras_mnv2.export(model, tmp_path / path, format, overwrite=overwrite)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "old.pt2").read_text() == "old"
+    assert (tmp_path / "mine.bin").read_text() == "mine"
+    keras_mnv2.export(model, tmp_path / "old.pt2", "torch", overwrite=True, verbose=False)
+    assert keras_mnv2.load_export(tmp_path / "old.pt2")(images[:1])["output"].shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": "caffe"}, "format must be one of 'tf_saved_model', .*, got 'caffe'"),
+        ({"sample": np.zeros((1, 16, 16, 3))}, r"sample must have the shape \(batch, \*\(32, 32, 3\)\), got \(1, 16"),
+        ({"sample": np.zeros((0, 32, 32, 3))}, r"sample must have .*, got \(0, 32, 32, 3\)"),
+        ({"precision": "int8"}, r"precision must be one of 'float32', got 'int8'"),
+        ({"format": "litert", "precision": "int4"}, "precision must be one of .*'int8', got 'int4'"),
+        ({"format": "litert", "precision": "int8"}, "calibration must be images .* got None"),
+        ({"format": "litert", "calibration": np.zeros((1, 32, 32, 3))}, "calibration must be left out"),
+        (
+            {"format": "litert", "precision": "int8", "calibration": np.zeros((4, 3, 32, 32))},
+            r"calibration must have the shape \(batch, \*\(32, 32, 3\)\), got \(4, 3, 32, 32\)",
+        ),
+        ({"io_dtype": "int16"}, "io_dtype must be one of 'int8', 'uint8', got 'int16'"),
+        ({"labels": ["a", "b"]}, 'labels must be "imagenet" or 5 names of one line each, got 2 of them'),
+        ({"labels": "imagenet"}, "labels must be .*, got 1000 of them"),
+        ({"labels": "abcde"}, "labels must be .*, got 'abcde'"),
+        ({"labels": [1, 2, 3, 4, 5]}, r"labels must be .*, got \[1, 2, 3, 4, 5\]"),
+        ({"labels": ["a", "b", "c", "d", None]}, r"labels must be .*, got \['a', .*, None\]"),
+        ({"labels": 5}, "labels must be .*, got 5"),
+        ({"labels": (name for name in "abcd")}, "labels must be .*, got 4 of them"),
+        ({"format": "onnx", "labels": list("abcde")}, "labels must be left out"),
+        ({"path": "model.bin", "format": "onnx"}, r"path must end in '\.onnx' for format='onnx', got '.*model\.bin'"),
+    ],
+)
+def test_a_bad_argument_is_named_in_one_sentence(arguments, message, tmp_path):
+    names = {"onnx": "model.onnx", "litert": "model.tflite"}
+    path = tmp_path / arguments.pop("path", names.get(arguments.get("format"), "model"))
+    with pytest.raises(ValueError, match=message) as caught:
+        keras_mnv2.export(small(), path, **arguments)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("format", "missing", "pip"),
+    [
+        ("tf_saved_model", "tensorflow", 'pip install "keras_mnv2[tensorflow]"'),
+        ("onnx", "onnxruntime", 'pip install "keras_mnv2[onnx]"'),
+        ("litert", "ai_edge_litert", 'pip install "keras_mnv2[litert]"'),
+        ("openvino", "openvino", 'pip install "keras_mnv2[openvino]"'),
+        ("torch", "torch", 'pip install "keras_mnv2[torch]"'),
+    ],
+)
+def test_a_missing_package_is_one_sentence_with_the_pip_line(format, missing, pip, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+    path = tmp_path / next(name for f, _, name in FORMATS if f == format)
+    with pytest.raises(ImportError) as caught:
+        keras_mnv2.export(small(), path, format)
+    assert str(caught.value) == f'format="{format}" needs {missing}, which is not installed: {pip}.'
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_extra_that_an_error_names_exists():
+    metadata = importlib.metadata.metadata("keras_mnv2")
+    extras = set(metadata.get_all("Provides-Extra"))
+    formats = sys.modules["keras_mnv2.export"].FORMATS.values()
+    assert {how.extra for how in formats if how.packages} <= extras
+
+
+@once_on("tensorflow")
+def test_an_export_that_differs_leaves_nothing(tmp_path, monkeypatch):
+    model = small(classifier_activation=None)
+    answer = model.predict
+    monkeypatch.setattr(model, "predict", lambda *args, **kwargs: answer(*args, **kwargs) + 0.01)
+    with pytest.raises(RuntimeError, match=r"differs from the model: its largest difference is 0\.01"):
+        keras_mnv2.export(model, tmp_path / NATIVE[1], NATIVE[0])
+    assert not list(tmp_path.iterdir())
+
+
+@once
+def test_integers_that_say_nothing_of_the_model_are_refused(decided, tmp_path, monkeypatch):
+    model, images = decided
+    answer = model.predict
+    monkeypatch.setattr(model, "predict", lambda *args, **kwargs: answer(*args, **kwargs)[:, ::-1])
+    with pytest.raises(RuntimeError, match=r"its mean absolute error is .*, the most that int8 may show"):
+        keras_mnv2.export(model, tmp_path / "a.tflite", "litert", precision="int8", calibration=images)
+    assert not list(tmp_path.iterdir())
+
+
+# JAX makes no graph by itself: the child that does converts it too.
+STEPS = ("graphs", "runtimes") if keras.backend.backend() == "jax" else ("graphs", "converters", "runtimes")
+
+
+@once
+@pytest.mark.parametrize("part", STEPS)
+def test_a_failing_step_is_one_sentence_and_leaves_nothing(part, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.py"
+    broken.write_text("print('noise')\nraise OSError('the step broke')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = sys.modules[f"keras_mnv2.formats.{part}"]
+    monkeypatch.setattr(
+        module, "__name__" if part == "graphs" else "__file__", "broken" if part == "graphs" else broken
+    )
+    # A format whose graph this backend makes by itself, and one that it must cross over for.
+    own = ("a.onnx", "onnx") if keras.backend.backend() == "torch" else ("a.tflite", "litert")
+    name, format = FOREIGN[::-1] if part == "graphs" else own
+    with pytest.raises(RuntimeError, match="The export failed in its own process: OSError: the step broke"):
+        keras_mnv2.export(small(), tmp_path / name, format)
+    assert [file.name for file in tmp_path.iterdir()] == ["broken.py"]
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import keras_mnv2
+model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=5)
+keras_mnv2.export(model, sys.argv[1], sys.argv[2])
+"""
+
+
+@once_on("tensorflow")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(number, tmp_path):
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "a.xml"), "openvino"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.iterdir()):
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)  # By then a child is at work.
+        process.send_signal(number)
+        assert process.wait(30) == -number
+        assert ("KeyboardInterrupt" in process.stderr.read()) == (number == signal.SIGINT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["saved_model", "a.onnx"])
+def test_what_got_the_name_meanwhile_is_kept(name, tmp_path):
+    results, scratch = tmp_path / "results", tmp_path / "scratch"
+    for folder in (results, scratch):
+        folder.mkdir()
+
+    def write(path, text):
+        if path.suffix:
+            path.write_text(text)
+        else:
+            path.mkdir()
+            (path / "saved_model.pb").write_text(text)
+
+    write(results / name, "second")
+    write(tmp_path / name, "first")
+    with pytest.raises(ValueError, match=r"path must be new, got .*, which something else has written meanwhile"):
+        sys.modules["keras_mnv2.export"]._move(results, tmp_path / name, scratch, False)
+    path = tmp_path / name
+    assert (path if path.suffix else path / "saved_model.pb").read_text() == "first"
+
+
+def test_a_model_of_two_inputs_is_refused(tmp_path):
+    inputs = [keras.Input((32, 32, 3)) for _ in range(2)]
+    model = keras.Model(inputs, keras.layers.add(inputs))
+    with pytest.raises(ValueError, match="one input"):
+        keras_mnv2.export(model, tmp_path / "model")
+
+
+def test_load_export_names_what_it_can_load(tmp_path):
+    with pytest.raises(ValueError, match=r"path must be a SavedModel or end in \.onnx, .*, got '.*a\.gguf'"):
+        keras_mnv2.load_export(tmp_path / "a.gguf")
+    for name in ("a.onnx", "a.tflite", "a.xml", "a.pt2", "a.keras"):
+        with pytest.raises(FileNotFoundError, match=f"path must be an exported file that exists, got '.*{name}'"):
+            keras_mnv2.load_export(tmp_path / name)
+    with pytest.raises(ValueError, match="path must be a path, got 5"):
+        keras_mnv2.load_export(5)
+
+
+@pytest.mark.slow
+def test_the_documentations_code_runs_without_keras(decided, exported, tmp_path):
+    images = decided[1][:6]
+    np.save(tmp_path / "images.npy", images)
+    for name, asked in {
+        "mobilenet": ("tf_saved_model",),
+        "mobilenet.onnx": ("onnx",),
+        "mobilenet.tflite": ("litert", "float16"),
+        "mobilenet_int8.tflite": ("litert", "int8"),
+        "mobilenet.xml": ("openvino",),
+        "mobilenet.pt2": ("torch",),
+    }.items():
+        path = exported(*asked).path
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / name)
+    shutil.copy(exported("openvino").path.with_suffix(".bin"), tmp_path / "mobilenet.bin")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
+    first = "import sys\nsys.modules['keras'] = sys.modules['keras_mnv2'] = None\n"
+    first += "import numpy as np\nimages = np.load('images.npy')\n"
+    expected = decided[0].predict(images, verbose=0).argmax(1)
+    assert len(blocks) == 6
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", first + block], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        names = [LABELS[i] for i in expected] if "saved_model" in block else expected
+        assert done.stdout.strip() == str(names)
+
+
+def test_a_move_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    results, scratch = tmp_path / "results", tmp_path / "scratch"
+    for folder in (results, scratch):
+        folder.mkdir()
+    for name in ("a.bin", "a.xml"):
+        (results / name).write_text("new")
+        (tmp_path / name).write_text("old")
+
+    def full(move):
+        def moved(source, target):
+            if source == results / "a.xml":
+                raise OSError("No space left on device")
+            return move(source, target)
+
+        return moved
+
+    monkeypatch.setattr(Path, "rename", full(Path.rename))
+    monkeypatch.setattr(os, "link", full(os.link))
+    with pytest.raises(OSError, match="No space left"):
+        sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch, True)
+    assert [(tmp_path / name).read_text() for name in ("a.bin", "a.xml")] == ["old", "old"]
+    monkeypatch.undo()
+    sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch, True)
+    assert [(tmp_path / name).read_text() for name in ("a.bin", "a.xml")] == ["new", "new"]

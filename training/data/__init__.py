@@ -1,0 +1,1 @@
+"""Data: the sets, the batches made of them, and what changes images at random."""

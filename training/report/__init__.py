@@ -1,0 +1,1 @@
+"""What a run shows: measures, pictures and the report."""

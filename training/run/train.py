@@ -31,9 +31,9 @@ from ..state.checkpoints import State
 from ..state.run_folder import Run, write_json
 from ..state.signals import Stop, Stopped
 from . import transfer
-from .callbacks import Diverged
 from .fitting import fit
 from .progress import duration
+from .saving import Diverged
 
 # Images on which exported files are compared with the model.
 SAMPLE = 64
@@ -313,14 +313,14 @@ def for_inference(model: keras.Model, size: int, weights: list[np.ndarray] | Non
 
 def keep_good_weights(run: Run, model: keras.Model, size: int, error: Diverged) -> str:
     """Saves the last good weights as a model, and gives a sentence for the error."""
-    if error.checkpoint is None or not run.channel.main:
+    if error.state is None or not run.channel.main:
         return str(error)
-    place = error.checkpoint.place
+    place = error.state.place
     if place["phase"] == "quantize_history":
         return f"{error} {run.folder / 'model.keras'} has the weights before the quantisation."
     path = run.folder / "last_good.keras"
     with files.beside(path) as part:
-        for_inference(model, size, error.checkpoint.group("weights")).save(part)
+        for_inference(model, size, error.state.group("weights")).save(part)
     return f"{error} The last good weights, after step {place['step']} in epoch {place['epoch'] + 1}, are in {path}."
 
 

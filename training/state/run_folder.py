@@ -66,6 +66,13 @@ class Run:
         own = {"backend": keras.backend.backend(), "seconds": self.seconds, "fingerprint": self.fingerprint}
         return {"phase": phase, "epoch": epoch, "step": step, "done": self.done, **own, **more}
 
+    def taken(self, phase: str) -> State | None:
+        """The checkpoint that the run goes on from, where it is of this phase; once."""
+        if self.resumed is None or self.resumed.place["phase"] != phase:
+            return None
+        state, self.resumed = self.resumed, None
+        return state
+
     def phase(self, name: str, make: Callable[[], Any]) -> Any:
         """What the phase `name` found: of an earlier start, or of `make` now."""
         if name not in self.done:

@@ -21,7 +21,7 @@ from training.data import sets
 from training.data.batches import evaluation_batches, read_scores, training_batches
 from training.parallel import engines
 from training.parallel.channel import Channel
-from training.run import fitting, schedules, train, transfer
+from training.run import optimizers, train, transfer
 from training.run.progress import duration
 from training.state import run_folder
 from training.state.checkpoints import Checkpoints
@@ -128,7 +128,7 @@ def test_the_losses_of_twenty_steps_are_the_same_on_each_backend(recipe):
 @pytest.mark.parametrize("schedule", ["cosine", "exponential", "constant"])
 def test_the_learning_rate_follows_its_formula(schedule, warmup, photographs):
     config = small("paper", photographs, schedule=schedule, warmup_epochs=warmup, learning_rate=0.3, epochs=12)
-    rates = schedules.learning_rates(config, steps_per_epoch=10)
+    rates = optimizers.learning_rates(config, steps_per_epoch=10)
     rise = 10 * warmup
     for step in (0, 1, 7, rise, rise + 9, rise + 10, rise + 35, 119):
         if step < rise:
@@ -147,7 +147,7 @@ def test_weight_decay_is_a_gradient_of_the_kernels_alone(photographs):
         config = small("paper", photographs, weight_decay=decay, optimizer="sgd", learning_rate=0.5)
         model = small_model(dropout=0)
         before = [(variable.name, keras.ops.convert_to_numpy(variable)) for variable in model.trainable_variables]
-        fitting.compile_model(model, config, steps=10)
+        optimizers.compile_model(model, config, steps=10)
         model.train_on_batch(images, labels)
         after[decay] = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
     for (name, start), without, decayed in zip(before, after[0.0], after[0.1], strict=True):
@@ -159,7 +159,7 @@ def test_weight_decay_is_a_gradient_of_the_kernels_alone(photographs):
 def test_the_average_of_the_weights_is_what_is_left(photographs):
     config = small("torchvision", photographs, ema=0.75, learning_rate=0.05, weight_decay=0.0)
     model = small_model()
-    fitting.compile_model(model, config, steps=4)
+    optimizers.compile_model(model, config, steps=4)
     dataset = sets.load(str(photographs), 32)
     batches = training_batches(dataset.train, 3, config)
     seen = []
@@ -170,7 +170,7 @@ def test_the_average_of_the_weights_is_what_is_left(photographs):
         seen.append([keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables])
 
     model.fit(
-        batches.for_fit(),
+        batches.for_fit(batches.stream()),
         steps_per_epoch=4,
         verbose=0,
         shuffle=False,

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -116,7 +116,7 @@ class Batches(keras.utils.PyDataset):
 
     def stream(
         self, epoch: int = 0, step: int = 0, epochs: int | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """All batches from a place on, for so many epochs or without end, made ahead by threads."""
         return (batch for _, batch in self.numbered_stream(epoch, step, epochs))
 

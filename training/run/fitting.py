@@ -16,10 +16,9 @@ import numpy as np
 
 from .. import files
 from ..config import Config
-from ..data.batches import Batches
+from ..data.inputs import Inputs
 from ..state import checkpoints
 from ..state.run_folder import Run
-from ..state.signals import GRACE
 from .optimizers import compile_model
 from .progress import Progress
 from .saving import Saver
@@ -33,9 +32,7 @@ def fit(
     config: Config,
     phase: str,
     model: keras.Model,
-    train: Batches,
-    validation: Batches,
-    class_weight: dict[int, float] | None,
+    inputs: Inputs,
     beside: Sequence[np.ndarray] = (),
 ) -> dict[str, list[float]]:
     """Compiles and trains, from the run's checkpoint if it is of this phase. Each epoch is a call of `model.fit`.
@@ -45,9 +42,7 @@ def fit(
         config: of this phase.
         phase: its name, and that of the CSV file in the run folder that gets a line an epoch.
         model: of the engine.
-        train: of this process.
-        validation: of this process.
-        class_weight: of each class, or None.
+        inputs: of this process.
         beside: the weights of an earlier phase that checkpoints shall hold, too, as the group `trained`.
 
     Returns:
@@ -57,6 +52,7 @@ def fit(
         Stopped: where a signal came; the last step is saved.
         ValueError: where the loss is no number any more; the last good weights are saved.
     """
+    train = inputs.train
     steps = config.steps_per_epoch or len(train)
     means = compile_model(model, config, steps, run.engine)
     stopping = early_stopping(config)
@@ -81,7 +77,7 @@ def fit(
             each_step.begin(epoch, step)
             if step < steps:
                 model.fit(
-                    train.for_fit(itertools.islice(stream, steps - step), class_weight),
+                    train.for_fit(itertools.islice(stream, steps - step), inputs.class_weight),
                     initial_epoch=epoch,
                     epochs=epoch + 1,
                     steps_per_epoch=steps - step,
@@ -93,7 +89,7 @@ def fit(
                 # What follows sees the average, as `fit` leaves it, too.
                 model.optimizer.finalize_variable_values(model.trainable_variables)
             with saver.saved_when_stopped():
-                logs = {**saver.logs, **validate(run, config, model, validation)}
+                logs = {**saver.logs, **validate(run, config, model, inputs.validation)}
             logs |= progress.end(logs)
             for name, value in logs.items():
                 saver.history.setdefault(name, []).append(value)
@@ -142,8 +138,7 @@ class Step(keras.callbacks.Callback):
         step = self.first + batch + 1
         bad = not all(map(np.isfinite, logs.values()))
         flags = self.run.channel.agree(BAD * bad + STOP * (self.run.stop.signal is not None))
-        # A signal in the next step waits for it, however slow the steps are.
-        self.run.stop.grace = max(GRACE, 2 * (time.monotonic() - self.begun))
+        self.run.stop.took(time.monotonic() - self.begun)
         if flags & BAD:
             raise self.saver.diverged(f"The loss is {logs['loss']}", step)
         if flags & STOP:

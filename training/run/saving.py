@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import keras
 import numpy as np
 
+from .. import files
 from ..config import Config
 from ..state import checkpoints
 from ..state.checkpoints import State
 from ..state.run_folder import Run
 from ..state.signals import Stopped
+from .network import for_inference
 
 # What Keras's early stopping knows, beside its best weights.
 STOPPING = ("best", "wait", "best_epoch", "stopped_epoch")
@@ -182,3 +184,33 @@ class Saver:
             f"Stopped after step {step} of {self.steps} in epoch {self.epoch + 1}, which is saved: the same command "
             "with --resume goes on."
         )
+
+
+def trained_weights(run: Run, model: keras.Model) -> list[np.ndarray]:
+    """The weights after the training, which a checkpoint holds from now on."""
+    state, run.resumed = run.resumed, None
+    if state is None:
+        weights = model.get_weights()
+        if run.channel.main:
+            arrays = {f"weights/{i:04d}": weight for i, weight in enumerate(weights)}
+            run.checkpoints.write(State(arrays, run.place("trained", 0, 0)))
+        return weights
+    if state.place["phase"] != "trained":
+        # Of the quantisation: it has the trained weights beside its own.
+        run.resumed = state
+    weights = state.group("trained" if run.resumed else "weights")
+    model.set_weights(weights)
+    return weights
+
+
+def keep_good_weights(run: Run, model: keras.Model, size: int, error: Diverged) -> str:
+    """Saves the last good weights as a model, and gives a sentence for the error."""
+    if error.state is None or not run.channel.main:
+        return str(error)
+    place = error.state.place
+    if place["phase"] == "quantize_history":
+        return f"{error} {run.folder / 'model.keras'} has the weights before the quantisation."
+    path = run.folder / "last_good.keras"
+    with files.beside(path) as part:
+        for_inference(model, size, error.state.group("weights")).save(part)
+    return f"{error} The last good weights, after step {place['step']} in epoch {place['epoch'] + 1}, are in {path}."

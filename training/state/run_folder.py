@@ -20,12 +20,6 @@ from . import lock
 from .checkpoints import Checkpoints, State
 from .signals import Stop
 
-# What may change when a run goes on: none of it changes what is computed.
-FREE = {
-    "checkpoint_seconds", "checkpoint_steps", "data_dir", "dataset", "devices", "keep_checkpoints", "resume", "run_dir",
-    "saved_model", "scale_with_devices", "tensorboard", "workers",
-}  # fmt: skip
-
 
 @dataclasses.dataclass
 class Run:
@@ -96,7 +90,7 @@ def look(config: Config) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"run_dir must be new or the folder of a run to go on, got {str(path)!r}: {error}.") from error
     now = json.loads(_encoded(config))
-    differing = [name for name in now if name not in FREE and now[name] != before.get(name)]
+    differing = [name for name in Config.fixed() if now[name] != before.get(name)]
     if "recipe" in differing:
         raise ValueError(f"{path} holds a run of the recipe {before.get('recipe')!r}, not of {config.recipe!r}.")
     if differing:

@@ -20,7 +20,6 @@ from ..data.inputs import Inputs, read
 from ..parallel import engines
 from ..parallel.channel import Channel, connect
 from ..parallel.engines import Engine
-from ..parallel.processes import end_at_once, quiet
 from ..report import metrics, pictures, summary
 from ..state import run_folder
 from ..state.run_folder import Run, write_json
@@ -28,6 +27,7 @@ from ..state.signals import Stop, Stopped
 from . import transfer
 from .fitting import fit
 from .network import build_model, for_inference
+from .processes import end_at_once, quiet
 from .progress import duration
 from .quantization import SAMPLE, quantize
 from .saving import Diverged, keep_good_weights, trained_weights

@@ -7,9 +7,9 @@ import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
+from ..parallel.channel import Channel
 from ..process import status_of
 from ..state.signals import Stopped
-from .channel import Channel
 
 
 @contextlib.contextmanager

@@ -5,13 +5,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
 
 NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+Choice = TypeVar("Choice")
 
 
 def check_positive(name: str, value: Any, most: float = sys.float_info.max) -> float:
@@ -38,7 +39,7 @@ def check_rate(name: str, value: Any) -> float:
     return _plain(value)
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+def check_choice(name: str, value: Any, allowed: Sequence[Choice]) -> Choice:
     """The one of `allowed` that `value` is; raises `ValueError` where it is none."""
     for choice in allowed:
         same = type(value) is type(choice) or (isinstance(value, numbers.Integral) and isinstance(choice, int))

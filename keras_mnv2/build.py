@@ -236,7 +236,12 @@ def _unit(
 
 
 def classify(
-    x: Tensor, classes: int, dropout: float, activation: Any, data_format: str, policy: keras.DTypePolicy
+    x: Tensor,
+    classes: int,
+    dropout: float,
+    activation: str | Callable[..., Any] | None,
+    data_format: str,
+    policy: keras.DTypePolicy,
 ) -> Tensor:
     """Pooling, dropout and the classifier, as torchvision's and Keras's top.
 

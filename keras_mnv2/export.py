@@ -112,11 +112,11 @@ def export(
     format: str = "tf_saved_model",
     *,
     precision: str = "float32",
-    calibration: Any = None,
+    calibration: Tensor | None = None,
     io_dtype: str = "int8",
     fold: bool | None = None,
     labels: Sequence[str] | str | None = None,
-    sample: Any = None,
+    sample: Tensor | None = None,
     overwrite: bool = False,
     verbose: bool = True,
 ) -> ExportReport:

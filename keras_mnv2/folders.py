@@ -8,7 +8,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def class_folders(
-    folder: str | os.PathLike, class_names: Sequence[str] | None = None
+    folder: str | os.PathLike[str], class_names: Sequence[str] | None = None
 ) -> tuple[list[Path], list[int], tuple[str, ...]]:
     """Finds the images of a folder of class folders, as evaluation and training read it.
 

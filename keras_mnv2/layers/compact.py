@@ -164,7 +164,7 @@ class ConvNormActivation(_Compact):
         norm_momentum: float = NORM_MOMENTUM,
         norm_epsilon: float = NORM_EPSILON,
         data_format: str | None = None,
-        kernel_regularizer: Any = None,
+        kernel_regularizer: str | dict[str, Any] | Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -330,7 +330,7 @@ class InvertedResidual(_Compact):
         shortcut: str | None = "bottleneck",
         return_expansion: bool = False,
         data_format: str | None = None,
-        kernel_regularizer: Any = None,
+        kernel_regularizer: str | dict[str, Any] | Callable[..., Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

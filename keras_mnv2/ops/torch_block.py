@@ -85,7 +85,9 @@ class Window(NamedTuple):
 def _window(
     padding: Padding, kernel_size: tuple[int, ...], size: tuple[int, ...], stride: int, dilation: int
 ) -> Window:
-    (top, bottom), (left, right) = spatial_padding(padding, kernel_size, size, stride, dilation)  # type: ignore[misc]
+    pairs = spatial_padding(padding, kernel_size, size, stride, dilation)
+    assert pairs is not None
+    (top, bottom), (left, right) = pairs
     small = any(n < (k - 1) * dilation + 1 for n, k in zip(size, kernel_size, strict=True))
     if (top, left) == (bottom, right) and not small:
         return Window([top, left], None)

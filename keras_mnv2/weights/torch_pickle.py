@@ -116,6 +116,7 @@ class Machine:
     def run(self, file: Bounded) -> Any:
         """What the next pickle of a file makes."""
         try:
+            # It reads and asks where it is: `Bounded` need not be a whole file.
             for count, (operation, value, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
                 if count > _MOST_OPERATIONS:
                     raise ValueError(f"it has more than {_MOST_OPERATIONS} operations")

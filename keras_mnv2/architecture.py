@@ -202,7 +202,7 @@ def _stages(setting: Sequence[Sequence[float]] | None) -> tuple[Stage, ...]:
     for row in setting:
         if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 4:
             raise ValueError(f"{name} must have rows of four numbers (t, c, n, s), got the row {row!r}.")
-        stage = Stage(*row)  # type: ignore[arg-type]
+        stage = Stage(*row)  # type: ignore[arg-type]  # Checked below.
         expansion = check_positive(f"{name}: the expansion t of the row {tuple(row)}", stage.expansion, MOST_FACTOR)
         channels, repeats = (
             check_whole(f"{name}: {letter} of the row {tuple(row)}", value, most=most)

@@ -40,7 +40,7 @@ def other_backend(environment: Mapping[str, str]) -> str | None:
     return installed[0]
 
 
-def _configured(environment):
+def _configured(environment: Mapping[str, str]) -> str:
     """What Keras's file names."""
     folder = Path(environment.get("KERAS_HOME") or Path("~").expanduser() / ".keras")
     try:

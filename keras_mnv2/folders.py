@@ -8,7 +8,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def class_folders(
-    folder: str | os.PathLike, class_names: Sequence[str] | None = None
+    folder: str | os.PathLike[str], class_names: Sequence[str] | None = None
 ) -> tuple[list[Path], list[int], tuple[str, ...]]:
     """Finds the images of a folder of class folders, as evaluation and training read it.
 
@@ -65,7 +65,7 @@ def class_folders(
     return paths, labels, names
 
 
-def _are_names(names):
+def _are_names(names: object) -> bool:
     return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
@@ -82,5 +82,5 @@ def images_below(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(found)
 
 
-def _fail(error):
+def _fail(error: OSError) -> None:
     raise error

@@ -1,6 +1,6 @@
 """Layers that do not train: up to a block, and the batch norms everywhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -110,13 +110,13 @@ def _leaves(model: Any) -> Iterator[Any]:
             yield layer
 
 
-def _thaw(model):
+def _thaw(model: keras.Model) -> None:
     # On TensorFlow Keras 3.15 passes the same value on to no layer; so another one first.
     model.trainable = False
     model.trainable = True
 
 
-def _parts(layer):
+def _parts(layer: Any) -> list[Any]:
     """The layers that hold a layer's weights: itself, or the parts of a block."""
     if isinstance(layer, ConvNormActivation | InvertedResidual):
         inner = [part for name, part in layer._parts().items() if not name.endswith("kernel")]
@@ -124,7 +124,7 @@ def _parts(layer):
     return [layer] if layer.weights else []
 
 
-def _index(leaves, before):
+def _index(leaves: Sequence[Any], before: str) -> int:
     for number, layer in enumerate(leaves):
         for name in (before, *_ALIASES.get(before, ())):
             block = name.removeprefix("block_").isdigit() or name == "expanded_conv"
@@ -135,7 +135,7 @@ def _index(leaves, before):
     raise ValueError(f"before must be None, {known}the name of a layer of the model, got {before!r}.")
 
 
-def _count(leaves):
+def _count(leaves: Sequence[Any]) -> tuple[int, int, int]:
     parts = [part for layer in leaves for part in _parts(layer)]
     frozen = [part for part in parts if not part.trainable]
     return len(parts), len(frozen), sum(isinstance(part, _NORMS) for part in frozen)

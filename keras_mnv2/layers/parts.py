@@ -4,9 +4,13 @@ Each is the Keras class of its name: `isinstance`, arguments, variables and file
 computes: by `keras_mnv2.ops`, and in inference as part of the block around it (`keras_mnv2.layers.fusing`).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 from keras_mnv2 import ops
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.arguments import is_plain_batch_norm
 from keras_mnv2.layers.fusing import (
     Cache,
@@ -24,16 +28,16 @@ from keras_mnv2.layers.fusing import (
 class _Direct(Part):
     """Calls `call` without Keras's bookkeeping where that finds nothing to do, or leaves it for later."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cache = Cache()
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if ops.is_compiling():
             return ops.uncompiled(self._call, *args, **kwargs)
         return self._call(*args, **kwargs)
 
-    def _call(self, *args, **kwargs):
+    def _call(self, *args: Any, **kwargs: Any) -> Tensor:
         training = kwargs.get("training")
         # A graph of Keras hands down the mask that a batch norm takes.
         known = len(kwargs) == 1 or (len(kwargs) == 2 and kwargs.get("mask", 0) is None)
@@ -47,13 +51,13 @@ class _Direct(Part):
                 return self.call(inputs, training=training)
         return super().__call__(*args, **kwargs)
 
-    def add_weight(self, *args, autocast=False, **kwargs):
+    def add_weight(self, *args: Any, autocast: bool = False, **kwargs: Any) -> keras.Variable:
         """As Keras's, but the variable has its own precision until it is used, so that folding has too."""
         variable = super().add_weight(*args, autocast=autocast, **kwargs)
         self.cache.variables.append(variable)
         return variable
 
-    def _call_on(self, inputs):
+    def _call_on(self, inputs: Any) -> Call:
         inputs = tuple(inputs) if isinstance(inputs, list) else (inputs,)
         first = inputs[0]
         known = ops.call_of(first)
@@ -66,7 +70,7 @@ class _Direct(Part):
 
 
 class _Convolution(_Direct):
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if not is_square(self):
             return super().call(ops.settled(inputs))
         y = Group(None, self, None, None, inputs).unit()(ops.settled(inputs))
@@ -112,12 +116,12 @@ class BatchNormalization(_Direct, keras.layers.BatchNormalization):
     (True, (1, 56, 56, 24))
     """
 
-    def __init__(self, *args, synchronized=False, **kwargs):
+    def __init__(self, *args: Any, synchronized: bool = False, **kwargs: Any) -> None:
         # Keras refuses it elsewhere; there it is `ops.batch_normalization` that looks at all replicas.
         super().__init__(*args, synchronized=synchronized and keras.backend.backend() == "tensorflow", **kwargs)
         self.synchronized = synchronized
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         if mask is not None or not is_plain_batch_norm(self, self._data_format):
             return super().call(ops.numbers(inputs), training=training, mask=mask)
         if training and self.trainable:
@@ -131,7 +135,7 @@ class BatchNormalization(_Direct, keras.layers.BatchNormalization):
         return ops.note(y, call)
 
     @property
-    def _data_format(self):
+    def _data_format(self) -> str:
         return "channels_last" if self.axis in (-1, 3) else "channels_first"
 
 
@@ -145,7 +149,7 @@ class ReLU(_Direct, keras.layers.ReLU):
     [0.0, 3.0, 6.0]
     """
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         y = super().call(ops.numbers(inputs))
         return y if training else ops.note(y, Call(self, (inputs,)))
 
@@ -160,7 +164,7 @@ class ZeroPadding2D(_Direct, keras.layers.ZeroPadding2D):
     (1, 57, 57, 24)
     """
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         y = super().call(ops.numbers(inputs))
         return y if training else ops.note(y, Call(self, (inputs,)))
 
@@ -175,6 +179,6 @@ class Add(_Direct, keras.layers.Add):
     (1, 56, 56, 24)
     """
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Sequence[Tensor], training: bool | None = None) -> Tensor:
         y = super().call([ops.known(x) for x in inputs])
         return y if training else ops.note(y, Call(self, tuple(inputs)))

@@ -1,10 +1,10 @@
 """Where zeros go around an image before a convolution: two conventions, made explicit."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 Pairs = Sequence[tuple[int, int]]
-Padding = Literal["same", "symmetric", "valid"] | Pairs
+# "same", "symmetric", "valid", or the zeros themselves.
+Padding = str | Pairs
 PADDINGS = ("same", "symmetric")
 
 

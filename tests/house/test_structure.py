@@ -20,9 +20,10 @@ from tests.helpers import run_python
 ROOT = Path(__file__).parents[2]
 # Each module imports only from floors below its own (docs/architecture.md).
 FLOORS = {
+    "annotations": 0,
     "arguments": 0,
     "backend": 0,
-    "initializers": 0,
+    "initializers": 1,
     "ops.padding": 0,
     "architecture": 1,
     "ops.default": 1,

@@ -156,11 +156,10 @@ def export(
         RuntimeError: where a conversion fails, or the outputs differ by more than the precision accounts for (float32:
             1e-4 of the largest output); nothing is left under `path`.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> export(model, "mobilenet", verbose=False).largest_difference < 1e-4
-    True
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> export(model, "mobilenet", verbose=False).largest_difference < 1e-4
+        True
     """
     check_choice("format", format, tuple(FORMATS))
     path = check_path("path", path)

@@ -71,7 +71,7 @@ def evaluation_data(
         FileNotFoundError: while it is read, where there is no such file.
 
     Examples:
-        >>> data = evaluation_data(np.zeros((5, 40, 60, 3), "uint8"), weights="timm/mobilenetv2_100.ra_in1k", batch_size=4)
+        >>> data = evaluation_data(np.zeros((5, 40, 60, 3), "uint8"), weights="torchvision/IMAGENET1K_V2", batch_size=4)
         >>> len(data), data[1][0].shape
         (2, (1, 224, 224, 3))
     """

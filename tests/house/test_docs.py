@@ -209,6 +209,15 @@ def test_exported_files_run_without_keras(number, name, format, precision, decid
     assert done.stdout.strip() == str([LABELS[i] for i in expected] if name == "mobilenet" else expected)
 
 
+def test_figures_of_the_readmes_table_stand_there_alone():
+    (table,) = re.findall(r"\[start:speed\] -->\n(.*?)<!-- --8<-- \[end:speed\]", PAGES["README.md"], re.DOTALL)
+    figures = set(re.findall(r"[\d.]+ (?:ms|images/s)", table))
+    assert len(figures) > 10
+    for page, text in PAGES.items():
+        repeated = {figure for figure in figures if re.search(rf"(?<![\d.,]){re.escape(figure)}", text)}
+        assert page == "README.md" or not repeated, f"{page} repeats {repeated}"
+
+
 def test_files_that_are_named_exist():
     for page, text in PAGES.items():
         for name in re.findall(r"`((?:training|tests|keras_mnv2|docs|findings)/[\w./]+)`", text):

@@ -1,5 +1,8 @@
 """A small model and its exported files, made once for all tests that read them."""
 
+import contextlib
+import io
+
 import keras
 import numpy as np
 import pytest
@@ -79,15 +82,18 @@ def exported(decided, tmp_path_factory):
             return reports[format, precision]
         model, images = decided
         name = next(name for f, _, name in FORMATS if f == format)
-        reports[format, precision] = keras_mnv2.export(
-            model,
-            tmp_path_factory.mktemp("exported") / "out" / name,
-            format,
-            precision=precision,
-            calibration=images if precision == "int8" else None,
-            labels=LABELS if format == "tf_saved_model" else None,
-            sample=images,
-        )
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            report = keras_mnv2.export(
+                model,
+                tmp_path_factory.mktemp("exported") / "out" / name,
+                format,
+                precision=precision,
+                calibration=images if precision == "int8" else None,
+                labels=LABELS if format == "tf_saved_model" else None,
+                sample=images,
+            )
+        assert str(report) in printed.getvalue()
+        reports[format, precision] = report
         return reports[format, precision]
 
     reports = {}

@@ -25,10 +25,9 @@ LOSSES["int8"] = (0.3, 0.03, 0.2)
 
 
 @pytest.mark.parametrize(("format", "precision", "name"), MATRIX)
-def test_every_format_gives_the_models_numbers_in_its_own_runtime(format, precision, name, decided, exported, capsys):
+def test_every_format_gives_the_models_numbers_in_its_own_runtime(format, precision, name, decided, exported):
     model, images = decided
     report = exported(format, precision)
-    assert str(report) in capsys.readouterr().out
     folder = report.path.parent
     assert {file.name for file in folder.iterdir()} == ({name, "model.bin"} if format == "openvino" else {name})
     assert report.size == sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())

@@ -164,7 +164,7 @@ def _listen(host):
         found = sorted(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM), key=lambda one: one[0] != socket.AF_INET)
         family, *_, address = found[0]
         # Some machines know their own name as a loopback address, and the others know it as another one.
-        if not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback or _is_loopback(host):
+        if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback or _is_loopback(host):
             return socket.create_server(address, family=family)
     return socket.create_server(("", 0))
 

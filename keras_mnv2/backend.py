@@ -23,10 +23,9 @@ def other_backend(environment: Mapping[str, str]) -> str | None:
     Raises:
         ImportError: where `KERAS_BACKEND` names one that is not installed, or none is.
 
-    Example:
-
-    >>> other_backend({"KERAS_BACKEND": "numpy"}) is None  # Keras's own affair.
-    True
+    Examples:
+        >>> other_backend({"KERAS_BACKEND": "numpy"}) is None  # Keras's own affair.
+        True
     """
     installed = [name for name in BACKENDS if importlib.util.find_spec(name) is not None]
     named = environment.get("KERAS_BACKEND")

@@ -81,11 +81,10 @@ def evaluation_data(
             or of another number and, while it is read, on a file that is no image.
         FileNotFoundError: while it is read, where there is no such file.
 
-    Example:
-
-    >>> data = evaluation_data(np.zeros((5, 40, 60, 3), "uint8"), weights="timm/mobilenetv2_100.ra_in1k", batch_size=4)
-    >>> len(data), data[1][0].shape
-    (2, (1, 224, 224, 3))
+    Examples:
+        >>> data = evaluation_data(np.zeros((5, 40, 60, 3), "uint8"), weights="torchvision/IMAGENET1K_V2", batch_size=4)
+        >>> len(data), data[1][0].shape
+        (2, (1, 224, 224, 3))
     """
     batch_size = check_whole("batch_size", batch_size)
     workers = check_whole("workers", workers)

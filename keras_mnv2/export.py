@@ -135,14 +135,14 @@ def export(
             backend, to predict or to train on.
         precision: `"float32"`; with `format="litert"` also `"float16"` (weights of 16 bits), `"dynamic_int8"` (weights
             of 8 bits) or `"int8"` (whole numbers alone). A model of `quantize_aware` has `"int8"` there.
-        calibration: for `precision="int8"`, images (n, *model.input_shape[1:]) as the model takes them: the ranges of
+        calibration: for `precision="int8"`, images `(n, *model.input_shape[1:])` as the model takes them: the ranges of
             its activations are those that these give. Some hundred are enough. A model of `quantize_aware` has ranges
             of its own.
         io_dtype: for `precision="int8"`, the type of input and output, `"int8"` or `"uint8"`.
         fold: whether to fold the batch norms into the kernels (`fold_batch_norm`) first; by default for each format
             but `"keras"`.
         labels: for a SavedModel, the names of the classes, or `"imagenet"`: an asset, one name a line.
-        sample: images to compare on, (batch, *model.input_shape[1:]); by default up to 64 of `calibration`, or four
+        sample: images to compare on, `(batch, *model.input_shape[1:])`; by default up to 64 of `calibration`, or four
             random ones.
         overwrite: whether a file or SavedModel that is at `path` may be replaced.
         verbose: whether to print the report.
@@ -157,11 +157,10 @@ def export(
         RuntimeError: where a conversion fails, or the outputs differ by more than the precision accounts for (float32:
             1e-4 of the largest output); nothing is left under `path`.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> export(model, "mobilenet", verbose=False).largest_difference < 1e-4
-    True
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> export(model, "mobilenet", verbose=False).largest_difference < 1e-4
+        True
     """
     check_choice("format", format, tuple(FORMATS))
     path = check_path("path", path)

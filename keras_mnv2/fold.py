@@ -42,12 +42,11 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
         ValueError: where `model` is not a built functional or sequential model, or a layer holds a batch
             norm that is not reached: one of the caller's own layers, or a wrapper around a model.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> folded = fold_batch_norm(model)
-    >>> len(model.non_trainable_weights), len(folded.non_trainable_weights)
-    (104, 0)
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> folded = fold_batch_norm(model)
+        >>> len(model.non_trainable_weights), len(folded.non_trainable_weights)
+        (104, 0)
     """
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ValueError(f"model must be a built functional or sequential Keras model, got {model!r}.")

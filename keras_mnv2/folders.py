@@ -26,15 +26,14 @@ def class_folders(
     Raises:
         ValueError: on a folder that does not exist, without class folders or images, or of other classes.
 
-    Example:
-
-    >>> import pathlib
-    >>> for name in ("dog", "cat"):
-    ...     pathlib.Path("pets", name).mkdir(parents=True)
-    ...     pathlib.Path("pets", name, "1.jpg").touch()
-    >>> paths, labels, names = class_folders("pets")
-    >>> [path.as_posix() for path in paths], labels, names
-    (['pets/cat/1.jpg', 'pets/dog/1.jpg'], [0, 1], ('cat', 'dog'))
+    Examples:
+        >>> import pathlib
+        >>> for name in ("dog", "cat"):
+        ...     pathlib.Path("pets", name).mkdir(parents=True)
+        ...     pathlib.Path("pets", name, "1.jpg").touch()
+        >>> paths, labels, names = class_folders("pets")
+        >>> [path.as_posix() for path in paths], labels, names
+        (['pets/cat/1.jpg', 'pets/dog/1.jpg'], [0, 1], ('cat', 'dog'))
     """
     if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
         raise ValueError(f"folder must be a path, got {folder!r}.")

@@ -38,12 +38,11 @@ def freeze(model: keras.Model, before: str | None = None, norms: bool = True, ve
     Raises:
         ValueError: on another kind of argument, or where there is no such block or layer.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> freeze(model, before="block_16")
-    100 of 105 layers with weights are frozen, 52 normalisations among them; block_16 and what follows train.
-    100
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> freeze(model, before="block_16")
+        100 of 105 layers with weights are frozen, 52 normalisations among them; block_16 and what follows train.
+        100
     """
     norms, verbose = check_flag("norms", norms), check_flag("verbose", verbose)
     if not (before is None or isinstance(before, str)):
@@ -75,14 +74,13 @@ def unfreeze(model: keras.Model, norms: bool = False, verbose: bool = True) -> i
     Returns:
         How many layers with weights are frozen.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> freeze(model, verbose=False)
-    105
-    >>> unfreeze(model, norms=True)
-    0 of 105 layers with weights are frozen.
-    0
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> freeze(model, verbose=False)
+        105
+        >>> unfreeze(model, norms=True)
+        0 of 105 layers with weights are frozen.
+        0
     """
     norms, verbose = check_flag("norms", norms), check_flag("verbose", verbose)
     leaves = list(_leaves(check_model("model", model)))

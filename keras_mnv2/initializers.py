@@ -21,10 +21,9 @@ class Normal(keras.initializers.Initializer):
         seed: a whole number for the same numbers at each call. None takes the seed from Python's
             generator, which `keras.utils.set_random_seed` sets, as Keras's initializers do.
 
-    Example:
-
-    >>> tuple(Normal(0.01, seed=1)((2, 3)).shape)
-    (2, 3)
+    Examples:
+        >>> tuple(Normal(0.01, seed=1)((2, 3)).shape)
+        (2, 3)
     """
 
     def __init__(self, stddev: float, seed: int | None = None) -> None:

@@ -143,11 +143,10 @@ def MobileNetV2(
             not fit; the message names it, its value and what is allowed.
         ConnectionError: where a checkpoint cannot be downloaded; it names the address and where to put the file.
 
-    Example:
-
-    >>> model = MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
-    >>> tuple(model(np.zeros((2, 96, 96, 3))).shape)
-    (2, 10)
+    Examples:
+        >>> model = MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+        >>> tuple(model(np.zeros((2, 96, 96, 3))).shape)
+        (2, 10)
     """
     data_format = data_format_name(data_format)
     include_top = check_flag("include_top", include_top)

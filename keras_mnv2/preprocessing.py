@@ -42,10 +42,9 @@ def preprocess_input(x: Tensor, data_format: str | None = None, weights: str | C
         ValueError: on an unknown checkpoint or data format, or images that are not RGB where the mean of each
             channel is subtracted.
 
-    Example:
-
-    >>> tuple(preprocess_input(np.array([[[[0, 127.5, 255]]]])).shape)
-    (1, 1, 1, 3)
+    Examples:
+        >>> tuple(preprocess_input(np.array([[[[0, 127.5, 255]]]])).shape)
+        (1, 1, 1, 3)
     """
     how = preprocessing_of(weights)
     channels_last = data_format_name(data_format) == "channels_last"
@@ -150,10 +149,9 @@ def resize_and_crop(
             range (32-bit), or a file that is no image.
         FileNotFoundError: where there is no such file.
 
-    Example:
-
-    >>> resize_and_crop(np.zeros((300, 400, 3), "uint8"), "torchvision/IMAGENET1K_V2").shape
-    (224, 224, 3)
+    Examples:
+        >>> resize_and_crop(np.zeros((300, 400, 3), "uint8"), "torchvision/IMAGENET1K_V2").shape
+        (224, 224, 3)
     """
     how = preprocessing_of(weights)
     crop = how.crop
@@ -191,10 +189,9 @@ def load_image(image: Photograph) -> Image.Image:
         ValueError: on an array of another shape or type, pixels of unknown range (32-bit), or a file that is no image.
         FileNotFoundError: where there is no such file.
 
-    Example:
-
-    >>> load_image(np.zeros((300, 400), "uint8")).mode
-    'RGB'
+    Examples:
+        >>> load_image(np.zeros((300, 400), "uint8")).mode
+        'RGB'
     """
     is_path = isinstance(image, str | os.PathLike)
     if is_path or hasattr(image, "read"):
@@ -253,12 +250,11 @@ def decode_predictions(preds: Tensor, top: int = 5) -> list[list[tuple[str, str,
     Raises:
         ValueError: on another shape, NaN or values that are no real numbers, or a `top` out of range.
 
-    Example:
-
-    >>> scores = np.zeros((1, 1000))
-    >>> scores[0, 283] = 1
-    >>> decode_predictions(scores, top=1)[0][0][:2]
-    ('n02123394', 'Persian_cat')
+    Examples:
+        >>> scores = np.zeros((1, 1000))
+        >>> scores[0, 283] = 1
+        >>> decode_predictions(scores, top=1)[0][0][:2]
+        ('n02123394', 'Persian_cat')
     """
     scores = keras.ops.convert_to_numpy(preds)
     try:

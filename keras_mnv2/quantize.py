@@ -76,12 +76,11 @@ def quantize_aware(model: keras.Model) -> keras.Model:
     Raises:
         ValueError: where `model` is not such a model; the message names the layer that cannot be quantised.
 
-    Example:
-
-    >>> model = quantize_aware(MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10))
-    >>> model.compile("sgd", "sparse_categorical_crossentropy")  # And then `model.fit(images, labels)`.
-    >>> model.layers[1].name
-    'input_range'
+    Examples:
+        >>> model = quantize_aware(MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10))
+        >>> model.compile("sgd", "sparse_categorical_crossentropy")  # And then `model.fit(images, labels)`.
+        >>> model.layers[1].name
+        'input_range'
     """
     if not isinstance(model, keras.Model) or len(getattr(model, "inputs", None) or ()) != 1:
         raise ValueError(f"model must be a built functional or sequential Keras model with one input, got {model!r}.")
@@ -272,12 +271,11 @@ class FakeQuantize(keras.layers.Layer):
     Raises:
         ValueError: on a momentum out of range.
 
-    Example:
-
-    >>> layer = FakeQuantize()
-    >>> y = layer(np.linspace(0, 1, 1000, dtype="float32"), training=True)
-    >>> len(np.unique(keras.ops.convert_to_numpy(y)))
-    256
+    Examples:
+        >>> layer = FakeQuantize()
+        >>> y = layer(np.linspace(0, 1, 1000, dtype="float32"), training=True)
+        >>> len(np.unique(keras.ops.convert_to_numpy(y)))
+        256
     """
 
     def __init__(self, momentum: float = RANGE_MOMENTUM, **kwargs: Any) -> None:
@@ -322,10 +320,9 @@ class QuantizedConvNormActivation(ConvNormActivation):
     and once with the kernel that these are folded into, rounded. The kernel has a scale for each output channel.
     Arguments, shapes and errors are those of `ConvNormActivation`; `norm_layer` must be `"batch_norm"` or None.
 
-    Example:
-
-    >>> tuple(QuantizedConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
-    (1, 112, 112, 32)
+    Examples:
+        >>> tuple(QuantizedConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
+        (1, 112, 112, 32)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -368,10 +365,9 @@ class QuantizedInvertedResidual(InvertedResidual):
 
     Arguments, shapes and errors are those of `InvertedResidual`; `norm_layer` must be `"batch_norm"` or None.
 
-    Example:
-
-    >>> tuple(QuantizedInvertedResidual(16)(np.ones((1, 112, 112, 16))).shape)
-    (1, 112, 112, 16)
+    Examples:
+        >>> tuple(QuantizedInvertedResidual(16)(np.ones((1, 112, 112, 16))).shape)
+        (1, 112, 112, 16)
     """
 
     convolution = QuantizedConvNormActivation
@@ -393,10 +389,9 @@ class QuantizedDense(keras.layers.Dense):
     The kernel has one scale, since LiteRT's fully connected operation has one. Arguments, shapes and errors are
     those of `Dense`.
 
-    Example:
-
-    >>> tuple(QuantizedDense(10, activation="softmax")(np.ones((2, 1280))).shape)
-    (2, 10)
+    Examples:
+        >>> tuple(QuantizedDense(10, activation="softmax")(np.ones((2, 1280))).shape)
+        (2, 10)
     """
 
     def __init__(self, units: int, **kwargs: Any) -> None:
@@ -422,10 +417,9 @@ class QuantizedDense(keras.layers.Dense):
 class QuantizedScaleShift(ScaleShift):
     """`ScaleShift` with its product and its sum rounded to 8 bits.
 
-    Example:
-
-    >>> tuple(QuantizedScaleShift()(np.ones((2, 7, 7, 16))).shape)
-    (2, 7, 7, 16)
+    Examples:
+        >>> tuple(QuantizedScaleShift()(np.ones((2, 7, 7, 16))).shape)
+        (2, 7, 7, 16)
     """
 
     def __init__(self, axis: int = -1, **kwargs: Any) -> None:
@@ -452,10 +446,9 @@ class QuantizedOutput(keras.layers.Wrapper):
         layer: the layer.
         **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
 
-    Example:
-
-    >>> tuple(QuantizedOutput(keras.layers.GlobalAveragePooling2D())(np.ones((2, 7, 7, 16))).shape)
-    (2, 16)
+    Examples:
+        >>> tuple(QuantizedOutput(keras.layers.GlobalAveragePooling2D())(np.ones((2, 7, 7, 16))).shape)
+        (2, 16)
     """
 
     def __init__(self, layer: Any, **kwargs: Any) -> None:

@@ -43,12 +43,11 @@ def from_keras(model: keras.Model) -> keras.Model:
     Raises:
         ValueError: where `model` is no such model.
 
-    Example:
-
-    >>> theirs = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
-    >>> ours = from_keras(theirs)
-    >>> type(ours.get_layer("block_1_expand")).__module__
-    'keras_mnv2.layers.parts'
+    Examples:
+        >>> theirs = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+        >>> ours = from_keras(theirs)
+        >>> type(ours.get_layer("block_1_expand")).__module__
+        'keras_mnv2.layers.parts'
     """
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ValueError(f"model must be a built functional or sequential Keras model, got {model!r}.")

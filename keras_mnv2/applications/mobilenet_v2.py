@@ -30,11 +30,10 @@ def MobileNetV2(
 
     Arguments, output shape and errors are those of `keras_mnv2.MobileNetV2`.
 
-    Example:
-
-    >>> model = MobileNetV2((96, 96, 3), alpha=0.35, weights=None)
-    >>> len(model.layers), model.get_layer("block_13_expand_relu").output.shape
-    (156, (None, 6, 6, 192))
+    Examples:
+        >>> model = MobileNetV2((96, 96, 3), alpha=0.35, weights=None)
+        >>> len(model.layers), model.get_layer("block_13_expand_relu").output.shape
+        (156, (None, 6, 6, 192))
     """
     return _model.MobileNetV2(
         input_shape,

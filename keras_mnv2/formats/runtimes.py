@@ -34,12 +34,11 @@ def load_export(path: str | os.PathLike[str]) -> Run:
         FileNotFoundError: where there is no such file.
         ImportError: where the runtime is not installed.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> report = export(model, "mobilenet.tflite", format="litert", verbose=False)
-    >>> {name: y.shape for name, y in load_export("mobilenet.tflite")(np.zeros((2, 32, 32, 3))).items()}
-    {'predictions': (2, 10)}
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> report = export(model, "mobilenet.tflite", format="litert", verbose=False)
+        >>> {name: y.shape for name, y in load_export("mobilenet.tflite")(np.zeros((2, 32, 32, 3))).items()}
+        {'predictions': (2, 10)}
     """
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"path must be a path, got {path!r}.")

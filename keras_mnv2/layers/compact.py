@@ -145,10 +145,9 @@ class ConvNormActivation(_Compact):
     Raises:
         ValueError: on an argument out of range, or `groups` that does not fit the input.
 
-    Example:
-
-    >>> tuple(ConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
-    (1, 112, 112, 32)
+    Examples:
+        >>> tuple(ConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
+        (1, 112, 112, 32)
     """
 
     def __init__(
@@ -306,10 +305,9 @@ class InvertedResidual(_Compact):
     Raises:
         ValueError: on an argument out of range.
 
-    Example:
-
-    >>> tuple(InvertedResidual(24, stride=2, expand_ratio=6)(np.ones((1, 112, 112, 16))).shape)
-    (1, 56, 56, 24)
+    Examples:
+        >>> tuple(InvertedResidual(24, stride=2, expand_ratio=6)(np.ones((1, 112, 112, 16))).shape)
+        (1, 56, 56, 24)
     """
 
     convolution = ConvNormActivation
@@ -480,10 +478,9 @@ class ScaleShift(keras.layers.Layer):
     Output shape:
         The same.
 
-    Example:
-
-    >>> tuple(ScaleShift()(np.ones((2, 7, 7, 16))).shape)
-    (2, 7, 7, 16)
+    Examples:
+        >>> tuple(ScaleShift()(np.ones((2, 7, 7, 16))).shape)
+        (2, 7, 7, 16)
     """
 
     def __init__(self, axis: int = -1, **kwargs: Any) -> None:

@@ -81,11 +81,10 @@ class _Convolution(_Direct):
 class Conv2D(_Convolution, keras.layers.Conv2D):
     """`keras.layers.Conv2D`, by this package's operations.
 
-    Example:
-
-    >>> layer = Conv2D(32, 3, strides=2, padding="same")
-    >>> isinstance(layer, keras.layers.Conv2D), tuple(layer(np.ones((1, 224, 224, 3))).shape)
-    (True, (1, 112, 112, 32))
+    Examples:
+        >>> layer = Conv2D(32, 3, strides=2, padding="same")
+        >>> isinstance(layer, keras.layers.Conv2D), tuple(layer(np.ones((1, 224, 224, 3))).shape)
+        (True, (1, 112, 112, 32))
     """
 
 
@@ -93,11 +92,10 @@ class Conv2D(_Convolution, keras.layers.Conv2D):
 class DepthwiseConv2D(_Convolution, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D`, by this package's operations.
 
-    Example:
-
-    >>> layer = DepthwiseConv2D(3, padding="same")
-    >>> isinstance(layer, keras.layers.DepthwiseConv2D), tuple(layer(np.ones((1, 56, 56, 24))).shape)
-    (True, (1, 56, 56, 24))
+    Examples:
+        >>> layer = DepthwiseConv2D(3, padding="same")
+        >>> isinstance(layer, keras.layers.DepthwiseConv2D), tuple(layer(np.ones((1, 56, 56, 24))).shape)
+        (True, (1, 56, 56, 24))
     """
 
 
@@ -109,11 +107,10 @@ class BatchNormalization(_Direct, keras.layers.BatchNormalization):
         synchronized: whether the statistics are those of all replicas; here on each backend.
         **kwargs: of Keras's layer.
 
-    Example:
-
-    >>> layer = BatchNormalization(momentum=0.9)
-    >>> isinstance(layer, keras.layers.BatchNormalization), tuple(layer(np.ones((1, 56, 56, 24))).shape)
-    (True, (1, 56, 56, 24))
+    Examples:
+        >>> layer = BatchNormalization(momentum=0.9)
+        >>> isinstance(layer, keras.layers.BatchNormalization), tuple(layer(np.ones((1, 56, 56, 24))).shape)
+        (True, (1, 56, 56, 24))
     """
 
     def __init__(self, *args: Any, synchronized: bool = False, **kwargs: Any) -> None:
@@ -143,10 +140,9 @@ class BatchNormalization(_Direct, keras.layers.BatchNormalization):
 class ReLU(_Direct, keras.layers.ReLU):
     """`keras.layers.ReLU`, which can be computed with the convolution before it.
 
-    Example:
-
-    >>> [float(y) for y in ReLU(6.0)(np.array([-1.0, 3.0, 9.0]))]
-    [0.0, 3.0, 6.0]
+    Examples:
+        >>> [float(y) for y in ReLU(6.0)(np.array([-1.0, 3.0, 9.0]))]
+        [0.0, 3.0, 6.0]
     """
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -158,10 +154,9 @@ class ReLU(_Direct, keras.layers.ReLU):
 class ZeroPadding2D(_Direct, keras.layers.ZeroPadding2D):
     """`keras.layers.ZeroPadding2D`, which the convolution behind it can do itself.
 
-    Example:
-
-    >>> tuple(ZeroPadding2D(((0, 1), (0, 1)))(np.ones((1, 56, 56, 24))).shape)
-    (1, 57, 57, 24)
+    Examples:
+        >>> tuple(ZeroPadding2D(((0, 1), (0, 1)))(np.ones((1, 56, 56, 24))).shape)
+        (1, 57, 57, 24)
     """
 
     def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
@@ -173,10 +168,9 @@ class ZeroPadding2D(_Direct, keras.layers.ZeroPadding2D):
 class Add(_Direct, keras.layers.Add):
     """`keras.layers.Add`, which in inference computes the block whose shortcut it closes.
 
-    Example:
-
-    >>> tuple(Add()([np.ones((1, 56, 56, 24)), np.ones((1, 56, 56, 24))]).shape)
-    (1, 56, 56, 24)
+    Examples:
+        >>> tuple(Add()([np.ones((1, 56, 56, 24)), np.ones((1, 56, 56, 24))]).shape)
+        (1, 56, 56, 24)
     """
 
     def call(self, inputs: Sequence[Tensor], training: bool | None = None) -> Tensor:

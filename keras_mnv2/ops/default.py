@@ -181,10 +181,9 @@ def convolution(
     Returns:
         The convolved images, in the layout and dtype of `x`.
 
-    Example:
-
-    >>> tuple(convolution(np.ones((1, 8, 8, 3)), np.ones((3, 3, 3, 16)), stride=2).shape)
-    (1, 4, 4, 16)
+    Examples:
+        >>> tuple(convolution(np.ones((1, 8, 8, 3)), np.ones((3, 3, 3, 16)), stride=2).shape)
+        (1, 4, 4, 16)
     """
     return _convolve(ops.conv, x, kernel, bias, stride, padding, dilation, data_format)
 
@@ -268,10 +267,9 @@ def fake_quantize(x: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     Returns:
         The rounded `x`.
 
-    Example:
-
-    >>> [float(v) for v in fake_quantize(np.array([-9.0, 0.0, 1.2]), np.array(-127.0), np.array(128.0))]
-    [-9.0, 0.0, 1.0]
+    Examples:
+        >>> [float(v) for v in fake_quantize(np.array([-9.0, 0.0, 1.2]), np.array(-127.0), np.array(128.0))]
+        [-9.0, 0.0, 1.0]
     """
     minimum, maximum = (ops.stop_gradient(ops.convert_to_tensor(end)) for end in (minimum, maximum))
     # A tensor of zeros has an empty range.

@@ -25,10 +25,9 @@ def spatial_padding(
     Returns:
         [(top, bottom), (left, right)], or None where `"same"` depends on a size that is not known yet.
 
-    Example:
-
-    >>> spatial_padding("same", (3, 3), (224, 224), 2, 1), spatial_padding("symmetric", (3, 3), (224, 224), 2, 1)
-    ([(0, 1), (0, 1)], [(1, 1), (1, 1)])
+    Examples:
+        >>> spatial_padding("same", (3, 3), (224, 224), 2, 1), spatial_padding("symmetric", (3, 3), (224, 224), 2, 1)
+        ([(0, 1), (0, 1)], [(1, 1), (1, 1)])
     """
     if not isinstance(padding, str):
         return padding

@@ -39,10 +39,9 @@ def check_hdf5(path: PathLike) -> None:
             two names for one group, or arrays that would take far more memory than the file; or where it is no such
             file, or truncated.
 
-    Example:
-
-    >>> MobileNetV2((32, 32, 3), alpha=0.35, weights=None).save("model.keras")
-    >>> check_hdf5("model.keras")
+    Examples:
+        >>> MobileNetV2((32, 32, 3), alpha=0.35, weights=None).save("model.keras")
+        >>> check_hdf5("model.keras")
     """
     try:
         with open_hdf5(Path(path)):

@@ -59,11 +59,10 @@ def load_weights(
             keeps the weights that it had.
         ConnectionError: where a checkpoint cannot be downloaded.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None)
-    >>> save_weights(model, "mobilenet.safetensors", layout="torchvision")
-    >>> load_weights(model, "mobilenet.safetensors")
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None)
+        >>> save_weights(model, "mobilenet.safetensors", layout="torchvision")
+        >>> load_weights(model, "mobilenet.safetensors")
     """
     check_model("model", model)
     skip_classifier = check_flag("skip_classifier", skip_classifier)
@@ -150,9 +149,8 @@ def save_weights(model: keras.Model, path: PathLike, layout: str = "keras") -> N
         ValueError: on an unknown layout, a suffix that does not fit, or a model of other layers.
         ImportError: where PyTorch is needed and not installed.
 
-    Example:
-
-    >>> save_weights(MobileNetV2((32, 32, 3), alpha=0.35, weights=None), "weights.h5", layout="keras")
+    Examples:
+        >>> save_weights(MobileNetV2((32, 32, 3), alpha=0.35, weights=None), "weights.h5", layout="keras")
     """
     check_model("model", model)
     check_choice("layout", layout, WRITTEN)

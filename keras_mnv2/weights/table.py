@@ -260,10 +260,9 @@ def list_weights(
     Raises:
         ValueError: on an unknown library, a pattern that is no text, or another value that is none of its kind.
 
-    Example:
-
-    >>> [checkpoint.name for checkpoint in list_weights(library="torchvision")]
-    ['torchvision/IMAGENET1K_V1', 'torchvision/IMAGENET1K_V2']
+    Examples:
+        >>> [checkpoint.name for checkpoint in list_weights(library="torchvision")]
+        ['torchvision/IMAGENET1K_V1', 'torchvision/IMAGENET1K_V2']
     """
     if library is not None:
         check_choice("library", library, LIBRARIES)

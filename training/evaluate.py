@@ -8,58 +8,19 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-from xml.etree import ElementTree
 
 import numpy as np
 
 from . import files, process
 from .process import fail
 from .ranges import Batch, MaybePixels, MaybePositive, checked
-from .report import metrics
 
 SPLITS = ("test", "validation", "train", "all")
 SCALES = ("none", "keras")
-EXPORTS = (".onnx", ".tflite", ".xml", ".pt2")
-# Mistakes that are shown, and rows of the table of classes above which only the worst are printed.
-MISTAKES, MOST_ROWS, WORST_ROWS = 24, 40, 10
-# What `MobileNetV2(weights="imagenet")` loads.
-KERAS_OWN = "keras/mobilenet_v2_1.0_224"
 IMAGENET_CLASSES, WITH_BACKGROUND = 1000, 1001
-
-
-@dataclass(frozen=True)
-class Network:
-    """A classifier, whatever runs it.
-
-    Attributes:
-        run: from images, float32 NHWC, as the network takes them, to scores (batch, classes).
-        size: side of its images in pixels, or None where any is taken or it is not known.
-        channels: of its images, or None where that is not known.
-        scale: whether it takes -1..1, and not 0..255.
-        runtime: what runs it.
-    """
-
-    run: Callable[[np.ndarray], np.ndarray]
-    size: int | None
-    channels: int | None
-    scale: bool
-    runtime: str
-
-    def score(self, images: np.ndarray) -> np.ndarray:
-        """Scores (batch, classes) of images NHWC with values 0..255; grey ones are repeated for RGB networks."""
-        if self.channels == 3 and images.shape[-1] == 1:
-            images = np.repeat(images, 3, axis=-1)
-        if self.channels not in (None, images.shape[-1]):
-            raise ValueError(f"dataset must have images of {self.channels} channels, as the model takes them, "
-                             f"got {images.shape[-1]}.")  # fmt: skip
-        scores = np.asarray(self.run(images / np.float32(127.5) - 1 if self.scale else images), "float32")
-        if scores.ndim != 2:
-            raise ValueError(f"model must be a classifier with scores (batch, classes), got {scores.shape}.")
-        return scores
 
 
 def evaluate(
@@ -77,8 +38,8 @@ def evaluate(
     """Evaluates a model on a split of a data set.
 
     Args:
-        model: a `.keras` file, a run folder, an exported file, or a checkpoint's name, address or file. A `.pt2` file
-            must be the first to be evaluated in a process with TensorFlow, before Keras is imported.
+        model: a `.keras` file, a run folder, an exported file, or a checkpoint's name, address or file, as in
+            `keras_mnv2.load_classifier`.
         dataset: as in `data.sets.load`; by default that of the run folder.
         data_dir: as there.
         split: `"test"`, `"validation"`, `"train"`, as training divides the data set, or `"all"`, every image of one
@@ -108,13 +69,12 @@ def evaluate(
     split, scale = checked("split", Literal[SPLITS], split), checked("scale", Literal[None, *SCALES], scale)
     image_size, resize = checked("image_size", MaybePixels, image_size), checked("resize", MaybePixels, resize)
     batch_size, alpha = checked("batch_size", Batch, batch_size), checked("alpha", MaybePositive, alpha)
-    model = KERAS_OWN if model == "imagenet" else os.fspath(model)
-    if model.endswith(".pt2") and Path(model).is_file():
-        # What PyTorch loads for it crashes the process when TensorFlow is there first.
-        _readable(model, lambda: _input_shape(Path(model)))
-    # Here, so that --help does not wait for a backend, and after PyTorch.
+    # Here, so that --help does not wait for a backend.
+    import keras_mnv2
+
     from .data import batches, sets
-    from .run import train
+    from .report import evaluation, metrics
+    from .report.versions import versions
 
     run = _settings(Path(model))
     dataset = dataset or run.get("dataset")
@@ -122,14 +82,13 @@ def evaluate(
         raise ValueError("dataset must be given, for a model that is no run folder.")
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    network = _load(model, image_size, batch_size, alpha, scale)
+    network = keras_mnv2.load_classifier(model, image_size=image_size, alpha=alpha, scale=scale)
     size = image_size or network.size
     if size is None:
-        raise ValueError(f"image_size must be given for {model!r}, which does not say which size it takes.")
-    if network.size not in (None, size):
-        raise ValueError(f"image_size must be {network.size}, as the model {model!r} takes it, got {size}.")
-    own = run.get("evaluation_size") or run.get("image_size")
-    how = batches.centre_crop(size, run.get("weights") or model, resize or (run.get("resize") if size == own else None))
+        raise ValueError(f"image_size must be given for {network.name!r}, which does not say which size it takes.")
+    if resize is None and size == (run.get("evaluation_size") or run.get("image_size")):
+        resize = run.get("resize")
+    how = batches.centre_crop(size, run.get("weights") or network.name, resize)
     parts, names = sets.read(dataset, size, data_dir or run.get("data_dir"))
     if split == "all":
         if set(parts) != {"train"}:
@@ -145,13 +104,16 @@ def evaluate(
     if not background and width != len(names):
         raise ValueError(f"dataset must have the classes of the model, which has {width}, got {len(names)} classes.")
     start = time.perf_counter()
-    scores, labels = batches.read_scores(network.score, ordered)
+    try:
+        scores, labels = batches.read_scores(network.scores, ordered)
+    except ValueError as error:
+        raise ValueError(str(error).replace("images must have", "dataset must have images of", 1)) from error
     seconds = time.perf_counter() - start
     scores = scores[:, 1:] if background else scores
     if not np.isfinite(scores).all():
         raise ValueError(f"model must give finite scores, got others for {(~np.isfinite(scores)).any(1).sum()} images.")
     results = {
-        "model": model,
+        "model": network.name,
         "runtime": network.runtime,
         "dataset": dataset,
         "split": split,
@@ -162,8 +124,8 @@ def evaluate(
         "images_per_second": round(len(labels) / seconds, 2),
         "waiting": round(ordered.waited / seconds, 4),
         "skipped": ordered.unreadable,
-        "mistakes": _mistakes(scores, labels, names, ordered),
-        "versions": train.versions(),
+        "mistakes": evaluation.mistakes(scores, labels, ordered, names),
+        "versions": versions(),
     }
     if out is not None:
         folder = Path(out)
@@ -171,30 +133,9 @@ def evaluate(
             with files.beside(folder / f"{name}.npy") as part:
                 np.save(part, array)
         (folder / "mistakes.png").unlink(missing_ok=True)
-        train.draw(scores, labels, ordered, names, folder)
-        train.write_json(folder / "results.json", results)
+        evaluation.draw(scores, labels, ordered, names, folder)
+        files.write_json(folder / "results.json", results)
     return results
-
-
-def text(results: dict[str, Any]) -> str:
-    """The results as people read them; of many classes the least accurate ones."""
-    rows = results["per_class"]
-    shown = rows
-    head = ""
-    if len(rows) > MOST_ROWS:
-        shown = sorted((row for row in rows if row["images"]), key=lambda row: row["accuracy"])[:WORST_ROWS]
-        head = f"The {len(shown)} least accurate of {len(rows)} classes:\n\n"
-    cells = [[row["name"], row["images"], _percent(row["accuracy"]), _percent(row["precision"])] for row in shown]
-    lines = [
-        f"{results['model']} ({results['runtime']}) on {results['images']:,} {results['split']} images of "
-        f"{results['dataset']}, {results['image_size']} pixels a side",
-        f"top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}, expected calibration error "
-        f"{results['calibration_error']:.4f}",
-        f"{results['images_per_second']:,.1f} images/s, reading included; {results['waiting']:.0%} of the time was "
-        "waiting for images",
-        f"{head}{metrics.table(['class', 'images', 'accuracy', 'precision'], cells)}",
-    ]
-    return "\n\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -204,12 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         results = evaluate(**options)
         if path is not None:
-            from .run.train import write_json
-
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, results)
+            files.write_json(path, results)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
+    from .report.evaluation import text
+
     print(text(results))
     if skipped := results["skipped"]:
         print(f"\n{len(skipped)} images could not be read and were skipped:")
@@ -268,143 +209,14 @@ def _settings(path):
     return json.loads((folder / "config.json").read_text())
 
 
-def _load(model, image_size, batch_size, alpha, scale):
-    """Chooses by the name what `model` is, and loads it."""
-    path = Path(model)
-    if (path / "model.keras").is_file():
-        path = path / "model.keras"
-    exported = path.suffix in EXPORTS or (path / "saved_model.pb").is_file()
-    if path.is_dir() and not exported:
-        raise ValueError(f"model must be a run folder with model.keras or a SavedModel, got the folder {model!r}.")
-    if (exported or path.suffix == ".keras") and not path.exists():
-        raise FileNotFoundError(f"There is no model at {model!r}.")
-    if alpha is not None and (exported or path.suffix == ".keras"):
-        raise ValueError(f"alpha must be left out with a whole model, which has its own, got {alpha}.")
-    if exported:
-        return _exported(path, scale == "keras")
-    import keras
-
-    import keras_mnv2
-
-    if path.suffix == ".keras":
-        loaded = _readable(path, lambda: keras.models.load_model(path, compile=False, safe_mode=True))
-    else:
-        known = {checkpoint.name: checkpoint for checkpoint in keras_mnv2.list_weights()}.get(model)
-        if known is not None and not known.classes:
-            raise ValueError(f"model must have a classifier, which {model!r} has not.")
-        shape = None if image_size is None else (image_size, image_size, 3)
-        loaded = keras_mnv2.MobileNetV2(shape, alpha, weights=model, include_preprocessing=True)
-        if known is None:
-            # Without a classifier of its own the file would be evaluated with a random one: this refuses it.
-            keras_mnv2.load_weights(loaded, model)
-    if not isinstance(loaded.input_shape, tuple):
-        raise ValueError(f"model must take images alone, got one with {len(loaded.input_shape)} inputs.")
-    size, channels, channels_first = _layout(loaded.input_shape)
-
-    def run(images):
-        # One shape for all batches, the smaller ones too: each new shape would be compiled.
-        missing = max(0, batch_size - len(images))
-        padded = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])
-        return loaded.predict_on_batch(np.moveaxis(padded, -1, 1) if channels_first else padded)[: len(images)]
-
-    scales = any(layer.name == "preprocess" for layer in loaded.layers)
-    runtime = f"Keras on {keras.backend.backend()}"
-    return Network(run, size, channels, not scales if scale is None else scale == "keras", runtime)
-
-
-def _exported(path, scale):
-    import keras_mnv2
-
-    load_export = _readable(path, lambda: keras_mnv2.load_export(path))
-    size, channels, channels_first = _layout(_readable(path, lambda: _input_shape(path)))
-
-    def run(images):
-        outputs = load_export(np.moveaxis(images, -1, 1) if channels_first else images)
-        if len(outputs) != 1:
-            raise ValueError(f"model must have one output, got {', '.join(sorted(outputs))}.")
-        return next(iter(outputs.values()))
-
-    return Network(run, size, channels, scale, path.suffix[1:] or "SavedModel")
-
-
-def _input_shape(path):
-    """The shape of an exported model's input; what is free is None."""
-    if path.suffix == ".onnx":
-        import onnxruntime
-
-        (image,) = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_inputs()
-        shape = image.shape
-    elif path.suffix == ".tflite":
-        from ai_edge_litert.interpreter import Interpreter
-
-        (image,) = Interpreter(model_path=str(path)).get_input_details()
-        shape = [int(n) for n in image["shape_signature"]]
-    elif path.suffix == ".xml":
-        (data,) = ElementTree.parse(path).findall("layers/layer[@type='Parameter']/data")
-        shape = [int(n) if n.isdigit() else None for n in data.attrib["shape"].split(",")]
-    elif path.suffix == ".pt2":
-        import torch
-
-        program = torch.export.load(path)
-        (name,) = program.graph_signature.user_inputs
-        (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
-    else:
-        from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
-
-        graphs = SavedModel.FromString((path / "saved_model.pb").read_bytes()).meta_graphs
-        (image,) = graphs[0].signature_def["serving_default"].inputs.values()
-        shape = [dim.size for dim in image.tensor_shape.dim]
-    return tuple(n if isinstance(n, int) and n > 0 else None for n in shape)
-
-
-def _layout(shape):
-    """(side, channels, whether they come first) of a batch of images' shape."""
-    if len(shape) != 4:
-        raise ValueError(f"model must take images (batch, height, width, channels), got {shape}.")
-    channels_first = shape[1] in (1, 3) and shape[3] not in (1, 3)
-    height, width, channels = (shape[2], shape[3], shape[1]) if channels_first else shape[1:]
-    if None not in (height, width) and height != width:
-        raise ValueError(f"model must take square images, got one for {height} x {width} pixels.")
-    return height or width, channels, channels_first
-
-
-def _readable(path, load):
-    try:
-        return load()
-    except ImportError:
-        raise
-    # Each runtime raises errors of its own.
-    except Exception as error:
-        told = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"The model {os.fspath(path)!r} cannot be loaded: {told[0]}") from error
-
-
 def _first_scores(network, size, batch_size):
     shape = (batch_size, size, size, network.channels or 3)
     try:
-        return network.score(np.zeros(shape, "float32"))
+        return network.scores(np.zeros(shape, "float32"))
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(f"model must take images of the shape {shape}: {str(error).splitlines()[0]}") from error
-
-
-def _mistakes(scores, labels, class_names, ordered):
-    kept = [ordered.split.name(i) for i in ordered.readable()]
-    found = metrics.probabilities(scores)
-    return [
-        {
-            "image": kept[i],
-            "label": class_names[labels[i]],
-            "prediction": class_names[found[i].argmax()],
-            "probability": float(found[i].max()),
-        }
-        for i in metrics.worst_mistakes(scores, labels, MISTAKES)
-    ]
-
-
-def _percent(share):
-    return None if share is None else f"{share:.1%}"
 
 
 if __name__ == "__main__":

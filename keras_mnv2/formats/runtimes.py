@@ -4,6 +4,7 @@ Run as a file it imports nothing of this package, and importing Keras fails, or 
 exported file must not need it.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -37,16 +38,26 @@ def load_export(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray
     >>> {name: y.shape for name, y in load_export("mobilenet.tflite")(np.zeros((2, 32, 32, 3))).items()}
     {'predictions': (2, 10)}
     """
+    return load_with_shape(path)[0]
+
+
+def load_with_shape(path: str | Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], tuple[int | None, ...]]:
+    """What `load_export` gives, and the shape of the images that the file takes; a size that is free is None."""
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"path must be a path, got {path!r}.")
     path = Path(path)
     if (path / "saved_model.pb").is_file():
-        return _saved_model(path)
+        return _of_shape(*_saved_model(path))
     if path.suffix not in _LOADERS:
         raise ValueError(f"path must be a SavedModel or end in {', '.join(_LOADERS)}, got {str(path)!r}.")
     if not path.is_file():
         raise FileNotFoundError(f"path must be an exported file that exists, got {str(path)!r}.")
-    return _LOADERS[path.suffix](path)
+    return _of_shape(*_LOADERS[path.suffix](path))
+
+
+def _of_shape(run, shape):
+    # A free size is a name, a symbol or a number below 1.
+    return run, tuple(n if isinstance(n, int) and n > 0 else None for n in shape)
 
 
 def _saved_model(path):
@@ -55,13 +66,13 @@ def _saved_model(path):
     loaded = tf.saved_model.load(str(path))
     serve = loaded.signatures["serving_default"]
     (name,) = serve.structured_input_signature[1]
-    dtype = serve.structured_input_signature[1][name].dtype
+    image = serve.structured_input_signature[1][name]
 
     def run(images, _loaded=loaded):  # A signature does not keep its model alive.
-        outputs = serve(**{name: tf.constant(images, dtype)})
+        outputs = serve(**{name: tf.constant(images, image.dtype)})
         return {key: value.numpy() for key, value in outputs.items()}
 
-    return run
+    return run, image.shape
 
 
 def _onnx(path):
@@ -71,7 +82,11 @@ def _onnx(path):
     (image,) = session.get_inputs()
     names = [output.name for output in session.get_outputs()]
     dtype = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}[image.type]
-    return lambda images: dict(zip(names, session.run(None, {image.name: images.astype(dtype)}), strict=True))
+
+    def run(images):
+        return dict(zip(names, session.run(None, {image.name: images.astype(dtype)}), strict=True))
+
+    return run, image.shape
 
 
 def _litert(path):
@@ -90,7 +105,7 @@ def _litert(path):
         found = run_signature(**{name: images.astype(image["dtype"])})
         return {key: _real(value, *outputs[key]["quantization"]) for key, value in found.items()}
 
-    return run
+    return run, [int(n) for n in image["shape_signature"]]
 
 
 def _real(value, scale, zero_point):
@@ -110,20 +125,37 @@ def _openvino(path):
         found = request.infer([images.astype("float32")])
         return {output.any_name: found[output].copy() for output in compiled.outputs}
 
-    return run
+    return run, [dim.get_length() if dim.is_static else None for dim in compiled.inputs[0].partial_shape]
 
 
 def _torch(path):
-    import torch
+    with _without_triton():
+        import torch
 
-    module = torch.export.load(path).module()
+        program = torch.export.load(path)
+    module = program.module()
+    (name,) = program.graph_signature.user_inputs
+    (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
 
     def run(images):
         with torch.no_grad():
             y = module(torch.from_numpy(np.asarray(images, "float32")))
         return {key: value.numpy() for key, value in (y if isinstance(y, dict) else {"output": y}).items()}
 
-    return run
+    return run, shape
+
+
+@contextlib.contextmanager
+def _without_triton():
+    """Inside, PyTorch does not load Triton: after TensorFlow that crashes the process (torch 2.14, TensorFlow 2.21)."""
+    if "tensorflow" not in sys.modules or "triton" in sys.modules:
+        yield
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
 
 
 def _keras(path):
@@ -137,7 +169,7 @@ def _keras(path):
             return found
         return dict(zip(model.output_names, found if isinstance(found, list) else [found], strict=True))
 
-    return run
+    return run, model.inputs[0].shape
 
 
 _LOADERS = {".onnx": _onnx, ".tflite": _litert, ".xml": _openvino, ".pt2": _torch, ".keras": _keras}

@@ -12,6 +12,7 @@ import keras_mnv2
 from tests.conftest import once
 from tests.helpers import randomise
 from training import evaluate
+from training.report.evaluation import text
 
 COLOURS = {"blue": (20, 30, 200), "green": (30, 180, 40), "red": (210, 40, 30)}
 EACH = 6
@@ -235,7 +236,7 @@ def test_a_file_of_weights(tmp_path):
 
     top = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, include_top=False)
     keras_mnv2.save_weights(top, tmp_path / "no_top.h5")
-    with pytest.raises(ValueError, match="has no classifier"):
+    with pytest.raises(ValueError, match="model must have a classifier"):
         evaluate.evaluate(tmp_path / "no_top.h5", str(tmp_path / "noise.npz"), image_size=32, alpha=0.35)
 
 
@@ -247,11 +248,14 @@ def test_the_background_of_1001_classes_is_dropped(tmp_path, monkeypatch):
     )
     scores = np.zeros((4, 1001), "float32")
     scores[range(4), [1, 2, 3, 999]] = 1
-    network = evaluate.Network(lambda images: scores[: len(images)], 32, 3, False, "none")
-    monkeypatch.setattr(evaluate, "_load", lambda *arguments: network)
+    how = keras_mnv2.Preprocessing(36, 32)
+    network = keras_mnv2.Classifier(
+        "some", "none", (None, 32, 32, 3), how, False, 1001, lambda: lambda images: scores[: len(images)]
+    )
+    monkeypatch.setattr(keras_mnv2, "load_classifier", lambda *arguments, **options: network)
     found = evaluate.evaluate("some", str(tmp_path / "imagenet.npz"), batch_size=4)
     assert found["top1"] == 0.75
-    assert "The 4 least accurate of 1000 classes" in evaluate.text(found)
+    assert "The 4 least accurate of 1000 classes" in text(found)
 
 
 def command(*arguments):
@@ -272,8 +276,9 @@ def test_the_command(model, saved, photographs, tmp_path):
 
 
 @once
-def test_the_command_loads_pytorch_before_tensorflow(photographs, tmp_path):
+def test_a_program_of_pytorch_is_evaluated_in_a_process_with_tensorflow(photographs, tmp_path, monkeypatch):
     write_torch(tmp_path / "means.pt2", 32)
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
     done = command(tmp_path / "means.pt2", "--dataset", photographs)
     assert done.returncode == 0, done.stderr
     assert "means.pt2 (pt2) on 17 test images" in done.stdout

@@ -2,14 +2,11 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
 import os
-import platform
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import keras
@@ -26,9 +23,11 @@ from ..parallel.channel import Channel, connect
 from ..parallel.engines import Engine
 from ..process import status_of
 from ..report import metrics, pictures, summary
+from ..report.evaluation import draw
+from ..report.versions import versions
 from ..state import run_folder
 from ..state.checkpoints import State
-from ..state.run_folder import Run, write_json
+from ..state.run_folder import Run
 from ..state.signals import Stop, Stopped
 from . import transfer
 from .callbacks import Diverged
@@ -37,7 +36,6 @@ from .progress import duration
 
 # Images on which exported files are compared with the model.
 SAMPLE = 64
-MISTAKES = 24
 # Of Goyal et al. 2017, section 2.2, for a learning rate that was multiplied.
 WARMUP_EPOCHS = 5.0
 
@@ -183,7 +181,7 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
     draw(scores, labels, test, dataset.class_names, this.folder)
     matrix = metrics.confusion_matrix(scores, labels)
     summary.write(this.folder / "report.md", config, results, history, matrix, dataset.class_names, command)
-    write_json(this.folder / "metrics.json", results)
+    files.write_json(this.folder / "metrics.json", results)
     this.checkpoints.remove()
     print(f"{duration(results['seconds'])} in all, results in {this.folder}")
     return results
@@ -385,28 +383,3 @@ def quantize(run: Run, model: keras.Model, dataset: sets.Dataset) -> dict[str, f
         accuracies[f"{name}_tflite_test_accuracy"] = metrics.top_k(scores, labels, 1)
         print(f"{path.name}: test accuracy {accuracies[f'{name}_tflite_test_accuracy']:.2%} in LiteRT")
     return accuracies
-
-
-def draw(scores: np.ndarray, labels: np.ndarray, test: Batches, class_names: tuple[str, ...], run_dir: Path) -> None:
-    """Draws the confusion matrix, and the test images that were most surely taken for another class."""
-    pictures.draw_confusion(metrics.confusion_matrix(scores, labels), class_names, run_dir / "confusion.png")
-    probabilities = metrics.probabilities(scores)
-    readable = test.readable()
-    images, titles = [], []
-    for i in metrics.worst_mistakes(probabilities, labels, MISTAKES):
-        image = test.prepare(test.split[readable[i]][0], np.random.default_rng(0))
-        images.append(np.clip(image, 0, 255).astype("uint8"))
-        found = probabilities[i].argmax()
-        titles.append(f"{class_names[found]}, not {class_names[labels[i]]}\n{probabilities[i, found]:.0%}")
-    pictures.draw_mistakes(images, titles, run_dir / "mistakes.png")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in ("keras_mnv2", "keras", "numpy", "tensorflow", "jax", "torch"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import keras
 import numpy as np
 
 from keras_mnv2.arguments import check_choice, check_flag, check_path
+from keras_mnv2.files import folder_beside
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, runtimes
 from keras_mnv2.formats.graphs import (
@@ -178,9 +178,7 @@ def export(
     if _computes_in_16_bits(model) and format != "keras":
         source = _in_float32(source)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _cleaned_up(), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        folder = Path(scratch)
+    with _cleaned_up(), folder_beside(path) as folder:
         # Files that name each other, as OpenVINO's do, need their final names.
         target = folder / "result" / path.name
         target.parent.mkdir()

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_mnv2 import ops
-from keras_mnv2.arguments import is_plain_batch_norm
+from keras_mnv2.norms import is_plain_batch_norm
 
 
 class Unit:

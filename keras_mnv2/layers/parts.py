@@ -7,7 +7,6 @@ computes: by `keras_mnv2.ops`, and in inference as part of the block around it (
 import keras
 
 from keras_mnv2 import ops
-from keras_mnv2.arguments import is_plain_batch_norm
 from keras_mnv2.layers.fusing import (
     Cache,
     Call,
@@ -19,6 +18,7 @@ from keras_mnv2.layers.fusing import (
     normalize_by_batch,
     read_unit,
 )
+from keras_mnv2.norms import is_plain_batch_norm
 
 
 class _Direct(Part):

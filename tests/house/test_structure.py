@@ -34,6 +34,7 @@ FLOORS = {
     "ops.torch": 2,
     "ops": 3,
     "tables": 0,
+    "norms": 0,
     "files": 0,
     "cost": 2,
     "weights": 0,

@@ -30,7 +30,7 @@ from keras_mnv2.formats.graphs import (
 )
 from keras_mnv2.preprocessing import imagenet_labels, scales_pixels
 from keras_mnv2.quantize import is_quantized
-from keras_mnv2.rewrite import layers_of
+from keras_mnv2.rewrite import copy_weights, layers_of
 from keras_mnv2.stock import to_stock
 
 
@@ -300,8 +300,7 @@ def _in_float32(model):
 
     copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
     for old, new in pairs:
-        if isinstance(old, keras.Layer):
-            new.set_weights(old.get_weights())
+        copy_weights(old, new)
     return copy
 
 

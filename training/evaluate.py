@@ -1,58 +1,59 @@
-"""`python -m training.evaluate MODEL`: accuracy, confusion and mistakes of a model on a data set.
+"""`python -m training.evaluate MODEL`: accuracy, confusion and mistakes of a model on a data set."""
 
-MODEL is a `.keras` file, the folder of a training run, a file that `keras_mnv2.export` wrote (run in its own runtime),
-or a published checkpoint: a name of `keras_mnv2.list_weights()`, an `hf://` address or a file of weights.
-"""
-
-import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tyro
 
 from . import files, process
 from .process import fail
-from .ranges import Batch, MaybePixels, MaybePositive, checked
+from .ranges import Batch, MaybePixels, MaybePositive, check_all, parsed
 
-SPLITS = ("test", "validation", "train", "all")
-SCALES = ("none", "keras")
 IMAGENET_CLASSES, WITH_BACKGROUND = 1000, 1001
 
 
-def evaluate(
-    model: str | os.PathLike,
-    dataset: str | None = None,
-    data_dir: str | os.PathLike | None = None,
-    split: str = "test",
-    image_size: int | None = None,
-    resize: int | None = None,
-    batch_size: int = 32,
-    alpha: float | None = None,
-    scale: str | None = None,
-    out: str | os.PathLike | None = None,
-) -> dict[str, Any]:
-    """Evaluates a model on a split of a data set.
+@dataclass(frozen=True)
+class Options:
+    """Accuracy, confusion and mistakes of a model on a data set."""
 
-    Args:
-        model: a `.keras` file, a run folder, an exported file, or a checkpoint's name, address or file, as in
-            `keras_mnv2.load_classifier`.
-        dataset: as in `data.sets.load`; by default that of the run folder.
-        data_dir: as there.
-        split: `"test"`, `"validation"`, `"train"`, as training divides the data set, or `"all"`, every image of one
-            that has no such parts.
-        image_size: side of the images in pixels; by default the model's own, needed where that takes any.
-        resize: shorter side of a photograph before its centre is cut out; by default that of the checkpoint or run, or
-            256 for each 224 pixels.
-        batch_size: images a call.
-        alpha: width multiplier, for a file of weights.
-        scale: `"keras"` scales pixels to -1..1, `"none"` leaves 0..255, for models that scale them themselves. By
-            default none for exported files; for Keras models whatever their `include_preprocessing` asks for.
-        out: folder for `results.json`, `confusion.png`, `mistakes.png` (of the most confident; none where there are no
-            mistakes), `scores.npy` (images, classes) and `labels.npy` (images,), in the order of the split.
+    model: str
+    """A .keras file, a run folder, an exported file (.onnx, .tflite, .xml, .pt2 or a SavedModel), a published
+    checkpoint by name, an hf:// address or a file of weights."""
+    dataset: str | None = None
+    """'digits', a folder of class folders, a .npz file or a data set of TFDS; by default the run folder's."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data sets."""
+    split: Literal["test", "validation", "train", "all"] = "test"
+    """As training divides the data set; all: every image of a folder without parts."""
+    image_size: MaybePixels = None
+    """Side of the images in pixels; by default the model's own, needed where that takes any."""
+    resize: MaybePixels = None
+    """Shorter side of a photograph before its centre is cut out; by default that of the checkpoint or run, or 256 for
+    each 224 pixels."""
+    batch_size: Batch = 32
+    """Images a call."""
+    alpha: MaybePositive = None
+    """Width multiplier, for a file of weights."""
+    scale: Literal[None, "none", "keras"] = None
+    """What is done to pixels of 0..255 before the model sees them: nothing, or 'keras' for -1..1. By default nothing
+    for exported files, whose model is thought to scale them itself; a Keras model tells whether it does."""
+    json: Path | None = None
+    """File for the results."""
+    out: Path | None = None
+    """Folder for results.json, confusion.png, mistakes.png (of the most confident; none where there are no mistakes),
+    scores.npy (images, classes) and labels.npy (images,), in the order of the split."""
+
+    def __post_init__(self):
+        check_all(self)
+
+
+def evaluate(options: Options) -> dict[str, Any]:
+    """Evaluates a model on a split of a data set.
 
     Returns:
         The results, as JSON takes them: `images`, `top1`, `top5`, `calibration_error` and `per_class` of
@@ -66,9 +67,6 @@ def evaluate(
         ImportError: where a runtime or TFDS is needed and missing.
         ConnectionError: where a checkpoint cannot be downloaded.
     """
-    split, scale = checked("split", Literal[SPLITS], split), checked("scale", Literal[None, *SCALES], scale)
-    image_size, resize = checked("image_size", MaybePixels, image_size), checked("resize", MaybePixels, resize)
-    batch_size, alpha = checked("batch_size", Batch, batch_size), checked("alpha", MaybePositive, alpha)
     # Here, so that --help does not wait for a backend.
     import keras_mnv2
 
@@ -76,30 +74,33 @@ def evaluate(
     from .report import evaluation, metrics
     from .report.versions import versions
 
-    run = _settings(Path(model))
-    dataset = dataset or run.get("dataset")
+    run = _settings(Path(options.model))
+    dataset, split, out = options.dataset or run.get("dataset"), options.split, options.out
     if dataset is None:
         raise ValueError("dataset must be given, for a model that is no run folder.")
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    network = keras_mnv2.load_classifier(model, image_size=image_size, alpha=alpha, scale=scale)
-    size = image_size or network.size
+        out.mkdir(parents=True, exist_ok=True)
+    network = keras_mnv2.load_classifier(
+        options.model, image_size=options.image_size, alpha=options.alpha, scale=options.scale
+    )
+    size = options.image_size or network.size
     if size is None:
         raise ValueError(f"image_size must be given for {network.name!r}, which does not say which size it takes.")
+    resize = options.resize
     if resize is None and size == (run.get("evaluation_size") or run.get("image_size")):
         resize = run.get("resize")
     how = batches.centre_crop(size, run.get("weights") or network.name, resize)
-    parts, names = sets.read(dataset, size, data_dir or run.get("data_dir"))
+    parts, names = sets.read(dataset, size, options.data_dir or run.get("data_dir"))
     if split == "all":
         if set(parts) != {"train"}:
             raise ValueError(f"split must be one of {', '.join(parts)} for {dataset!r}, which has these, got 'all'.")
         images = parts["train"]
     else:
         images = parts.get(split) or getattr(sets.complete(parts, names, run.get("held_out", True)), split)
-    ordered = batches.ordered_batches(images, len(names), how, batch_size)
+    ordered = batches.ordered_batches(images, len(names), how, options.batch_size)
 
     # Not timed: the first call compiles.
-    width = _first_scores(network, size, batch_size).shape[1]
+    width = _first_scores(network, size, options.batch_size).shape[1]
     background = width == WITH_BACKGROUND and len(names) == IMAGENET_CLASSES
     if not background and width != len(names):
         raise ValueError(f"dataset must have the classes of the model, which has {width}, got {len(names)} classes.")
@@ -119,7 +120,7 @@ def evaluate(
         "split": split,
         "image_size": size,
         "resize": how.resize,
-        "batch_size": batch_size,
+        "batch_size": options.batch_size,
         **metrics.measures(scores, labels, names),
         "images_per_second": round(len(labels) / seconds, 2),
         "waiting": round(ordered.waited / seconds, 4),
@@ -127,26 +128,26 @@ def evaluate(
         "mistakes": evaluation.mistakes(scores, labels, ordered, names),
         "versions": versions(),
     }
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(options.json, results)
     if out is not None:
-        folder = Path(out)
         for name, array in (("scores", scores), ("labels", labels)):
-            with files.beside(folder / f"{name}.npy") as part:
+            with files.beside(out / f"{name}.npy") as part:
                 np.save(part, array)
-        (folder / "mistakes.png").unlink(missing_ok=True)
-        evaluation.draw(scores, labels, ordered, names, folder)
-        files.write_json(folder / "results.json", results)
+        (out / "mistakes.png").unlink(missing_ok=True)
+        evaluation.draw(scores, labels, ordered, names, out)
+        files.write_json(out / "results.json", results)
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates what the command line names; an error of the caller's ends in one sentence."""
-    options = vars(_parser().parse_args(argv))
-    path = options.pop("json")
+    options = parsed(
+        Options, args=argv, prog=f"python -m {process.PACKAGE}.evaluate", config=(tyro.conf.PositionalRequiredArgs,)
+    )
     try:
-        results = evaluate(**options)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.write_json(path, results)
+        results = evaluate(options)
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     from .report.evaluation import text
@@ -155,50 +156,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if skipped := results["skipped"]:
         print(f"\n{len(skipped)} images could not be read and were skipped:")
         print("\n".join(f"{name}: {why}" for name, why in sorted(skipped.items())))
-
-
-def _parser():
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {process.PACKAGE}.evaluate",
-        description="Accuracy, confusion and mistakes of a model on a data set.",
-    )
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a .keras file, a run folder, an exported file (.onnx, .tflite, .xml, .pt2 or a SavedModel), a published "
-        "checkpoint by name, an hf:// address or a file of weights",
-    )
-    parser.add_argument(
-        "--dataset",
-        help="'digits', a folder of class folders, a .npz file or a data set of TFDS; by default the run folder's",
-    )
-    parser.add_argument("--data-dir", type=Path, help="where TFDS keeps its data sets")
-    parser.add_argument(
-        "--split", choices=SPLITS, default=SPLITS[0], help="default test; all: every image of a folder without parts"
-    )
-    parser.add_argument("--image-size", type=int, help="side of the images in pixels; by default the model's")
-    parser.add_argument(
-        "--resize",
-        type=int,
-        help="shorter side of a photograph before its centre is cut out; by default that of the checkpoint or run, or "
-        "256 for each 224 pixels",
-    )
-    parser.add_argument("--batch-size", type=int, default=32, help="images a call (default 32)")
-    parser.add_argument("--alpha", type=float, help="width multiplier, for a file of weights (default 1.0)")
-    parser.add_argument(
-        "--scale",
-        choices=SCALES,
-        help="what is done to pixels of 0..255 before the model sees them: 'none', or 'keras' for -1..1. By default "
-        "none for exported files, whose model is thought to scale them itself; a Keras model tells whether it does",
-    )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="file for the results")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="folder for results.json, confusion.png, mistakes.png, scores.npy and labels.npy",
-    )
-    return parser
 
 
 def _settings(path):

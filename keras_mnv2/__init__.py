@@ -3,15 +3,22 @@
 import keras_mnv2.backend  # noqa: F401  First: it chooses what Keras starts.  isort: skip
 
 from keras_mnv2 import applications, layers
+from keras_mnv2.classifier import Classifier, load_classifier
 from keras_mnv2.cost import CostProfile, cost_profile
-from keras_mnv2.evaluation import evaluation_data
 from keras_mnv2.export import ExportReport, export
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.folders import class_folders
 from keras_mnv2.formats.runtimes import load_export
 from keras_mnv2.freeze import freeze, unfreeze
 from keras_mnv2.model import MobileNetV2
-from keras_mnv2.preprocessing import decode_predictions, load_image, preprocess_input, resize_and_crop
+from keras_mnv2.photographs import evaluation_data
+from keras_mnv2.preprocessing import (
+    decode_predictions,
+    load_image,
+    preprocess_input,
+    probabilities,
+    resize_and_crop,
+)
 from keras_mnv2.quantize import quantize_aware
 from keras_mnv2.stock import from_keras
 from keras_mnv2.weights.load import load_weights, save_weights
@@ -20,6 +27,7 @@ from keras_mnv2.weights.table import Checkpoint, Preprocessing, list_weights
 __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
+    "Classifier",
     "CostProfile",
     "ExportReport",
     "MobileNetV2",
@@ -35,10 +43,12 @@ __all__ = [
     "from_keras",
     "layers",
     "list_weights",
+    "load_classifier",
     "load_export",
     "load_image",
     "load_weights",
     "preprocess_input",
+    "probabilities",
     "quantize_aware",
     "resize_and_crop",
     "save_weights",

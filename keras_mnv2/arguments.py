@@ -62,6 +62,13 @@ def check_model(name: str, model: Any) -> keras.Model:
     return model
 
 
+def check_graph(name: str, model: Any) -> Any:
+    """`model`; raises `ValueError` where it is no functional or sequential model that is built."""
+    if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
+        raise ValueError(f"{name} must be a built functional or sequential Keras model, got {model!r}.")
+    return model
+
+
 def check_path(name: str, path: Any) -> Path:
     """`path` as a `Path`; raises `ValueError` where it is none, or empty."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or not os.fspath(path):
@@ -105,20 +112,6 @@ def data_format_name(data_format: str | None) -> str:
         return keras.config.image_data_format()
     check_choice("data_format", data_format, ("channels_last", "channels_first"))
     return data_format
-
-
-def is_plain_batch_norm(norm: Any, data_format: str) -> bool:
-    """Whether `norm` is a batch norm over the channels with scale and shift, whose formula is that of the paper."""
-    channels = -1 if data_format == "channels_last" else 1
-    return (
-        isinstance(norm, keras.layers.BatchNormalization)
-        and norm.scale
-        and norm.center
-        and norm.axis in (channels, channels % 4)
-        and not norm.renorm
-        # Statistics over replicas are Keras's own business on TensorFlow.
-        and not (norm.synchronized and keras.backend.backend() == "tensorflow")
-    )
 
 
 def norm_config(norm_layer: Any) -> str | dict[str, Any] | None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -18,15 +19,15 @@ import keras
 import numpy as np
 
 from keras_mnv2.arguments import check_whole
+from keras_mnv2.classifier import SCALES, Classifier, load_classifier, load_model, preprocessing_for
 from keras_mnv2.cost import cost_profile
-from keras_mnv2.evaluation import evaluation_data
 from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export
 from keras_mnv2.folders import SUFFIXES, images_below
 from keras_mnv2.model import MobileNetV2
-from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of, scales_pixels
-from keras_mnv2.weights.hdf5 import open_hdf5
-from keras_mnv2.weights.source import checkpoint_of, classes_of, read_source
-from keras_mnv2.weights.table import Checkpoint, Preprocessing, imagenet_checkpoint, list_weights
+from keras_mnv2.photographs import evaluation_data
+from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of, probabilities, scales_pixels
+from keras_mnv2.tables import in_columns
+from keras_mnv2.weights.table import Preprocessing, list_weights
 
 TOP = 5
 # Numbers of classes, without and with the background.
@@ -36,6 +37,8 @@ READERS = 2
 BAR = 30
 # Photographs that the ranges of 8-bit activations are taken from, evenly chosen.
 CALIBRATION_IMAGES = 200
+# What messages of the library's name arguments are options here.
+OPTIONS = {"model must": "--weights must", "alpha must": "--alpha must"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +82,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--weights",
             default="imagenet",
-            help="a published checkpoint by name, an hf:// address, a file of weights, or a whole model as .keras",
+            help="a published checkpoint by name, an hf:// address, a file of weights, a whole model as .keras, a run "
+            "folder, or an exported file (.onnx, .tflite, .xml, .pt2 or a SavedModel)",
+        )
+        command.add_argument(
+            "--scale",
+            choices=SCALES,
+            help="what is done to pixels of 0..255 before the model sees them: 'none', or 'keras' for -1..1; by "
+            "default what a Keras model asks for, and none for exported files",
         )
         command.add_argument("--alpha", type=float, help="width multiplier, for a file of weights (default 1.0)")
 
@@ -143,10 +153,9 @@ def _predict(options: argparse.Namespace) -> None:
     for image in options.images:
         if not Path(image).is_file():
             raise FileNotFoundError(f"There is no image at {image!r}.")
-    network = _choose(options)
-    data = evaluation_data(options.images, weights=network.how, normalize=network.normalize)
-    score = network.build()
-    scores = np.concatenate([score(x) for (x,) in _read_ahead(data)])
+    network = _loaded(_classifier(options))
+    data = evaluation_data(options.images, weights=network.preprocessing, normalize=False)
+    scores = probabilities(np.concatenate([network.scores(x) for (x,) in _read_ahead(data)]))
     found = dict(zip(options.images, _best(scores, options.top), strict=True))
     if options.json:
         print(json.dumps({image: [dataclasses.asdict(row) for row in rows] for image, rows in found.items()}, indent=2))
@@ -180,16 +189,16 @@ def _best(scores: np.ndarray, top: int) -> list[list[_Guess]]:
 
 def _evaluate(options: argparse.Namespace) -> None:
     # The folder first, then its names: their mistakes show before a download.
-    data = evaluation_data(options.folder, batch_size=options.batch_size)
-    network = _choose(options)
-    data.how, data.normalize = network.how, network.normalize
+    data = evaluation_data(options.folder, batch_size=options.batch_size, normalize=False)
+    network = _classifier(options)
+    data.how = network.preprocessing
     classes = _class_indices(data.class_names, network.classes)
-    score = network.build()
+    network = _loaded(network)
     total, done = len(data.images), 0
     right1 = right5 = 0
     start = time.perf_counter()
     for x, labels in _read_ahead(data):
-        best = np.argsort(-score(x), axis=1, kind="stable")[:, :TOP]
+        best = np.argsort(-network.scores(x), axis=1, kind="stable")[:, :TOP]
         hits = best == classes[labels][:, None]
         right1, right5, done = right1 + hits[:, 0].sum(), right5 + hits.any(axis=1).sum(), done + len(x)
         speed = done / (time.perf_counter() - start)
@@ -247,83 +256,23 @@ def _read_ahead(data: keras.utils.PyDataset) -> Iterator[tuple[np.ndarray, ...]]
             yield batch
 
 
-@dataclasses.dataclass(frozen=True)
-class _Network:
-    """A chosen network, before it is built: `build` gives what maps a batch to probabilities."""
-
-    how: Preprocessing
-    normalize: bool
-    classes: int
-    build: Callable[[], Callable[[np.ndarray], np.ndarray]]
-
-
-def _choose(options: argparse.Namespace) -> _Network:
-    """What the options say of a network; a checkpoint of the table is downloaded only when it is built."""
-    weights, alpha = options.weights, options.alpha
-    if weights.endswith(".keras") and Path(weights).is_file():
-        if alpha is not None:
-            raise ValueError(f"--alpha must be left out with a whole model, which has its own, got {alpha!r}.")
-        return _whole_model(weights)
-    checkpoint: Checkpoint | None
-    if weights == "imagenet":
-        checkpoint = imagenet_checkpoint(1.0 if alpha is None else alpha, (224, 224), True)
-    else:
-        checkpoint = checkpoint_of(weights)
-    if checkpoint is not None:
-        how, classes = checkpoint.preprocessing, checkpoint.classes
-    else:
-        # A download's progress bar must not come between what is printed for other programs.
-        with contextlib.redirect_stdout(sys.stderr):
-            how, classes = preprocessing_of(None), classes_of(read_source(weights))
-    if not classes:
-        raise ValueError(f"--weights must have a classifier, which {weights!r} has not.")
-
-    def build() -> Callable[[np.ndarray], np.ndarray]:
-        with contextlib.redirect_stdout(sys.stderr):
-            return _scoring(MobileNetV2(weights=weights, alpha=alpha, include_preprocessing=True))
-
-    return _Network(how, False, classes, build)
+def _classifier(options: argparse.Namespace) -> Classifier:
+    """The classifier that the options name; one of the table is downloaded only when it is loaded."""
+    # A download's progress bar must not come between what is printed for other programs.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            found = load_classifier(options.weights, alpha=options.alpha, scale=options.scale)
+        except ValueError as error:
+            raise ValueError(re.sub(r"^(model|alpha) must", lambda match: OPTIONS[match[0]], str(error))) from error
+    if found.channels not in (None, 3):
+        raise ValueError(f"The model must take RGB images, got one that takes {found.input_shape}.")
+    return found
 
 
-def _whole_model(path: str) -> _Network:
-    model = _load_model(path)
-    given = model.output_shape
-    how, scales = _input_of(model)
-    if len(given) != 2:
-        raise ValueError(f"The model in {path!r} must have a classifier, it gives {given}.")
-    return _Network(how, not scales, given[1], lambda: _scoring(model))
-
-
-def _load_model(path: str) -> keras.Model:
-    try:
-        with open_hdf5(Path(path)):
-            pass  # It leads to no other file, and claims no more than it has.
-        return keras.models.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:
-        raise ValueError(f"The file {path!r} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
-
-
-def _input_of(model: keras.Model) -> tuple[Preprocessing, bool]:
-    """How photographs become the model's input, and whether it scales the pixels itself."""
-    taken = model.input_shape
-    if len(taken) != 4 or 3 not in (taken[1], taken[-1]):
-        raise ValueError(f"The model must take RGB images, got one that takes {taken}.")
-    size = taken[2] or 224
-    return Preprocessing(int(size / 0.875), size), scales_pixels(model)
-
-
-def _scoring(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    channels_first = model.input_shape[-1] != 3
-    logits = getattr(model.layers[-1], "activation", None) is keras.activations.linear
-
-    def score(x: np.ndarray) -> np.ndarray:
-        scores = model.predict_on_batch(np.moveaxis(x, -1, 1) if channels_first else x).astype("float32")
-        if logits:
-            scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-            scores /= scores.sum(axis=1, keepdims=True)
-        return scores
-
-    return score
+def _loaded(network: Classifier) -> Classifier:
+    with contextlib.redirect_stdout(sys.stderr):
+        network.load()
+    return network
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -336,7 +285,7 @@ def _export(options: argparse.Namespace) -> None:
     # A download's progress bar, and what the frameworks say, must not come between what is printed for programs.
     with contextlib.redirect_stdout(sys.stderr):
         if options.model.endswith(".keras"):
-            model = _load_model(options.model)
+            model = load_model(options.model)
             how = None
         else:
             model = MobileNetV2(weights=options.model, include_preprocessing=True)
@@ -361,10 +310,10 @@ def _calibration(folder: str, model: keras.Model, how: Preprocessing | None) -> 
     paths = images_below(folder) if Path(folder).is_dir() else []
     if not paths:
         raise ValueError(f"--calibration must be a folder of images ({', '.join(SUFFIXES)}), got {folder!r}.")
-    default, scales = _input_of(model)
     count = min(len(paths), CALIBRATION_IMAGES)
     chosen = [paths[i * len(paths) // count] for i in range(count)]
-    data = evaluation_data(chosen, weights=how or default, normalize=not scales)
+    default = preprocessing_for(model.input_shape[2])
+    data = evaluation_data(chosen, weights=how or default, normalize=not scales_pixels(model))
     images = np.concatenate([x for (x,) in _read_ahead(data)])
     return np.moveaxis(images, -1, 1) if model.input_shape[-1] != 3 else images
 
@@ -407,12 +356,4 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
-    """Rows as text in columns; those whose numbers are in `right` are flush right."""
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in (head, tuple("-" * w for w in widths), *rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(line.rstrip() for line in in_columns([head, *rows], right, rule=True))

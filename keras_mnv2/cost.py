@@ -7,6 +7,7 @@ from typing import Any
 from keras_mnv2.architecture import Row, plan
 from keras_mnv2.arguments import check_flag, check_whole
 from keras_mnv2.ops.padding import output_size
+from keras_mnv2.tables import in_columns
 
 # 1 GiB in float32, 38 times width 1.4: more is a slip of the hand, which would end in a MemoryError.
 MOST_PARAMETERS = 2**28
@@ -112,14 +113,9 @@ class CostProfile:
             f"{self.activations:,}",
             f"peak {self.peak_memory / 1024:,.0f}",
         )
-        table = [head, *lines, total]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        text = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in table
-        ]
-        rule = "-" * len(text[0])
-        return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
+        first, *text, last = in_columns([head, *lines, total], right=range(2, len(head)))
+        rule = "-" * len(first)
+        return "\n".join([first, rule, *text, rule, last])
 
 
 def cost_profile(

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 
 from keras_mnv2.annotations import PathLike, Tensor
 from keras_mnv2.arguments import check_choice, check_flag, check_path
+from keras_mnv2.files import folder_beside
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, runtimes
 from keras_mnv2.formats.graphs import (
@@ -31,7 +31,7 @@ from keras_mnv2.formats.graphs import (
 )
 from keras_mnv2.preprocessing import imagenet_labels, scales_pixels
 from keras_mnv2.quantize import is_quantized
-from keras_mnv2.rewrite import layers_of
+from keras_mnv2.rewrite import copy_weights, layers_of
 from keras_mnv2.stock import to_stock
 
 
@@ -178,9 +178,7 @@ def export(
     if _computes_in_16_bits(model) and format != "keras":
         source = _in_float32(source)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _cleaned_up(), tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        folder = Path(scratch)
+    with _cleaned_up(), folder_beside(path) as folder:
         # Files that name each other, as OpenVINO's do, need their final names.
         target = folder / "result" / path.name
         target.parent.mkdir()
@@ -304,8 +302,7 @@ def _in_float32(model: keras.Model) -> keras.Model:
 
     copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
     for old, new in pairs:
-        if isinstance(old, keras.Layer):
-            new.set_weights(old.get_weights())
+        copy_weights(old, new)
     return copy
 
 

@@ -5,11 +5,13 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mnv2.arguments import check_graph
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
 from keras_mnv2.layers.fusing import Group
 from keras_mnv2.layers.parts import Conv2D, DepthwiseConv2D
+from keras_mnv2.norms import is_batch_norm, is_batch_norm_of_channels
 from keras_mnv2.quantize import RANGE, QuantizedConvNormActivation, QuantizedInvertedResidual
-from keras_mnv2.rewrite import Merged, rewrite
+from keras_mnv2.rewrite import Merged, copy_weights, rewrite
 
 _CONVOLUTIONS = (ConvNormActivation, QuantizedConvNormActivation)
 _BLOCKS = (InvertedResidual, QuantizedInvertedResidual)
@@ -48,8 +50,7 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
         >>> len(model.non_trainable_weights), len(folded.non_trainable_weights)
         (104, 0)
     """
-    if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
-        raise ValueError(f"model must be a built functional or sequential Keras model, got {model!r}.")
+    check_graph("model", model)
     folded, pairs, merged = rewrite(model, _without_batch_norm, _with_bias)
     for layer, copy in pairs:
         _copy_weights(layer, copy)
@@ -65,7 +66,7 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
 def _with_bias(unit: Group) -> Merged | None:
     """The convolution of a unit with a bias, which takes in its batch norm."""
     kind: Any = _FOLDED.get(type(unit.conv))
-    if kind is None or not _is_batch_norm_of_channels(unit.norm, unit.conv.data_format):
+    if kind is None or not is_batch_norm_of_channels(unit.norm, unit.conv.data_format):
         return None
     return kind.from_config({**unit.conv.get_config(), "use_bias": True}), (unit.norm,)
 
@@ -73,11 +74,11 @@ def _with_bias(unit: Group) -> Merged | None:
 def _without_batch_norm(layer: Any) -> Any:
     """A new layer like `layer`, or an operation like it, with other layers in the place of batch norms."""
     config = layer.get_config()
-    if type(layer) in _CONVOLUTIONS and _is_batch_norm_of_channels(layer.norm, layer.data_format):
+    if type(layer) in _CONVOLUTIONS and is_batch_norm_of_channels(layer.norm, layer.data_format):
         return type(layer).from_config({**config, "norm_layer": None})
-    if type(layer) in _BLOCKS and _is_batch_norm_of_channels(layer.project.norm, layer.data_format):
+    if type(layer) in _BLOCKS and is_batch_norm_of_channels(layer.project.norm, layer.data_format):
         return type(layer).from_config({**config, "norm_layer": None})
-    if _is_batch_norm(layer):
+    if is_batch_norm(layer):
         common = {key: config[key] for key in ("name", "trainable", "dtype")}
         return ScaleShift(axis=layer.axis, **common)
     # By name: nothing public lists the layers inside one.
@@ -89,35 +90,20 @@ def _without_batch_norm(layer: Any) -> Any:
     return type(layer).from_config(config)
 
 
-def _is_batch_norm(layer: Any) -> bool:
-    return isinstance(layer, keras.layers.BatchNormalization) and type(layer).__module__.startswith("keras")
-
-
-def _is_batch_norm_of_channels(norm: Any, data_format: str) -> bool:
-    channels = -1 if data_format == "channels_last" else 1
-    return _is_batch_norm(norm) and norm.axis in (channels, channels % 4)
-
-
 def _copy_weights(layer: Any, copy: Any) -> None:
     if type(layer) in _CONVOLUTIONS and copy.norm_layer != layer.norm_layer:
         _fold(layer, copy)
         _copy_ranges(layer, copy)
     elif type(layer) in _BLOCKS and copy.norm_layer != layer.norm_layer:
-        for part in ("expand", "depthwise", "project"):
-            if getattr(layer, part) is not None:
-                _fold(getattr(layer, part), getattr(copy, part))
+        for part, conv in layer.convolutions().items():
+            _fold(conv, getattr(copy, part))
         _copy_ranges(layer, copy)
     elif type(copy) is ScaleShift and type(layer) is not ScaleShift:
         scale, shift = _scale_and_shift(layer)
         copy.scale.assign(scale)
         copy.shift.assign(shift)
-    elif isinstance(layer, keras.Layer):
-        copy.set_weights(layer.get_weights())
-        # A layer may derive values from its weights when it loads them, as `Normalization` does.
-        store: dict[str, Any] = {}
-        layer.save_own_variables(store)
-        # As NumPy arrays: two models that share an array of JAX lose it when one of them trains.
-        copy.load_own_variables({key: keras.ops.convert_to_numpy(value) for key, value in store.items()})
+    else:
+        copy_weights(layer, copy)
 
 
 def _fold(conv: Any, copy: Any) -> None:

@@ -1,19 +1,14 @@
 """Layers that do not train: up to a block, and the batch norms everywhere."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from keras_mnv2.arguments import check_flag, check_model
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual
-
-_NORMS = (
-    keras.layers.BatchNormalization,
-    keras.layers.GroupNormalization,
-    keras.layers.LayerNormalization,
-    keras.layers.UnitNormalization,
-)
+from keras_mnv2.norms import NORMALIZATIONS
+from keras_mnv2.rewrite import layers_of
 
 
 def freeze(model: keras.Model, before: str | None = None, norms: bool = True, verbose: bool = True) -> int:
@@ -47,14 +42,14 @@ def freeze(model: keras.Model, before: str | None = None, norms: bool = True, ve
     norms, verbose = check_flag("norms", norms), check_flag("verbose", verbose)
     if not (before is None or isinstance(before, str)):
         raise ValueError(f"before must be None or the name of a block or layer, got {before!r}.")
-    leaves = list(_leaves(check_model("model", model)))
+    leaves = _leaves(check_model("model", model))
     first = len(leaves) if before is None else _index(leaves, before)
     _thaw(model)
     for number, layer in enumerate(leaves):
         if number < first:
             layer.trainable = False
         for part in _parts(layer) if norms else ():
-            if isinstance(part, _NORMS):
+            if isinstance(part, NORMALIZATIONS):
                 part.trainable = False
     weighted, frozen, among = _count(leaves)
     if verbose:
@@ -83,9 +78,9 @@ def unfreeze(model: keras.Model, norms: bool = False, verbose: bool = True) -> i
         0
     """
     norms, verbose = check_flag("norms", norms), check_flag("verbose", verbose)
-    leaves = list(_leaves(check_model("model", model)))
+    leaves = _leaves(check_model("model", model))
     parts = [part for layer in leaves for part in _parts(layer)]
-    kept = [part for part in parts if isinstance(part, _NORMS) and not part.trainable and not norms]
+    kept = [part for part in parts if isinstance(part, NORMALIZATIONS) and not part.trainable and not norms]
     _thaw(model)
     for part in kept:
         part.trainable = False
@@ -99,13 +94,9 @@ def unfreeze(model: keras.Model, norms: bool = False, verbose: bool = True) -> i
 _ALIASES = {"stem": ("Conv1",), "block_0": ("expanded_conv",), "head": ("Conv_1",)}
 
 
-def _leaves(model: Any) -> Iterator[Any]:
+def _leaves(model: keras.Model) -> list[Any]:
     """The layers that are no models, in order."""
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from _leaves(layer)
-        else:
-            yield layer
+    return [layer for layer in layers_of(model, wrappers=False) if not isinstance(layer, keras.Model)]
 
 
 def _thaw(model: keras.Model) -> None:
@@ -136,4 +127,4 @@ def _index(leaves: Sequence[Any], before: str) -> int:
 def _count(leaves: Sequence[Any]) -> tuple[int, int, int]:
     parts = [part for layer in leaves for part in _parts(layer)]
     frozen = [part for part in parts if not part.trainable]
-    return len(parts), len(frozen), sum(isinstance(part, _NORMS) for part in frozen)
+    return len(parts), len(frozen), sum(isinstance(part, NORMALIZATIONS) for part in frozen)

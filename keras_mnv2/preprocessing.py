@@ -257,11 +257,7 @@ def decode_predictions(preds: Tensor, top: int = 5) -> list[list[tuple[str, str,
         ('n02123394', 'Persian_cat')
     """
     scores = keras.ops.convert_to_numpy(preds)
-    try:
-        # bfloat16 is a type that NumPy cannot sort; whole numbers stay what they are, float32 would round them.
-        keys = scores if scores.dtype.kind in "biuf" else scores.astype("float32", casting="same_kind")
-    except (TypeError, ValueError):
-        raise ValueError(f"preds must be real numbers, got values of type {scores.dtype}.") from None
+    keys = _real_numbers("preds", scores)
     if scores.ndim != 2 or scores.shape[1] not in (1000, 1001):
         raise ValueError(f"preds must have the shape (batch, 1000) or (batch, 1001), got {scores.shape}.")
     top = check_whole("top", top)
@@ -273,3 +269,41 @@ def decode_predictions(preds: Tensor, top: int = 5) -> list[list[tuple[str, str,
     # Backwards twice: the negative of an unsigned number is another number, and equal ones stay in order.
     best = scores.shape[1] - 1 - np.argsort(keys[:, ::-1], axis=1, kind="stable")[:, : -top - 1 : -1]
     return [[(*labels[i], row[i]) for i in order] for row, order in zip(scores, best, strict=True)]
+
+
+def probabilities(scores: Any) -> np.ndarray:
+    """The softmax of logits; scores that are probabilities already stay as they are.
+
+    They are where none is negative and each row's sum is 1 within 1e-3, or within half a step of 1/256 for each class:
+    8-bit files round their softmax to such steps.
+
+    Args:
+        scores: (images, classes), of a classifier with or without a softmax.
+
+    Returns:
+        An array (images, classes) of float64.
+
+    Raises:
+        ValueError: on another shape, or values that are no real numbers.
+
+    Example:
+
+    >>> probabilities([[0, np.log(3)], [2, 2]]).round(2).tolist()
+    [[0.25, 0.75], [0.5, 0.5]]
+    """
+    scores = _real_numbers("scores", np.asarray(keras.ops.convert_to_numpy(scores))).astype("float64")
+    if scores.ndim != 2:
+        raise ValueError(f"scores must have the shape (images, classes), got {scores.shape}.")
+    apart = np.abs(scores.sum(axis=1) - 1)
+    if (scores >= 0).all() and (scores <= 1 + 1e-3).all() and (apart <= max(1e-3, scores.shape[1] / 512)).all():
+        return scores
+    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def _real_numbers(name: str, array: np.ndarray) -> np.ndarray:
+    """An array in a type that NumPy can sort, which bfloat16 is not; whole numbers stay, float32 would round them."""
+    try:
+        return array if array.dtype.kind in "biuf" else array.astype("float32", casting="same_kind")
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be real numbers, got values of type {array.dtype}.") from None

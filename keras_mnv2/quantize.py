@@ -8,9 +8,10 @@ import numpy as np
 
 from keras_mnv2 import ops
 from keras_mnv2.annotations import Shape, Tensor
-from keras_mnv2.arguments import check_choice, check_rate, is_plain_batch_norm
+from keras_mnv2.arguments import check_choice, check_rate
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
 from keras_mnv2.layers.fusing import Group, Part, role_of
+from keras_mnv2.norms import is_plain_batch_norm
 from keras_mnv2.ops.padding import spatial_padding
 from keras_mnv2.rewrite import Merged, layers_of, rewrite, same_input
 

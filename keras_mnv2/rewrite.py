@@ -25,11 +25,24 @@ class _LeftOut:
         self.conv = conv
 
 
-def layers_of(model: Any) -> Iterator[Any]:
-    """The layers of a model, and those of models and wrappers among them."""
+def layers_of(model: Any, wrappers: bool = True) -> Iterator[Any]:
+    """The layers of a model, in order, and those of models among them; and of layers that hold layers, unless not."""
     for layer in [model.layer] if isinstance(model, keras.layers.Wrapper) else getattr(model, "layers", ()):
         yield layer
-        yield from layers_of(layer)
+        if wrappers or isinstance(layer, keras.Model):
+            yield from layers_of(layer, wrappers)
+
+
+def copy_weights(layer: Any, copy: Any) -> None:
+    """Gives a layer of the same variables the values of another; an operation that is no layer has none."""
+    if not isinstance(layer, keras.Layer):
+        return
+    copy.set_weights(layer.get_weights())
+    # A layer may derive values from its weights when it loads them, as `Normalization` does.
+    store: dict[str, Any] = {}
+    layer.save_own_variables(store)
+    # As NumPy arrays: two models that share an array of JAX lose it when one of them trains.
+    copy.load_own_variables({key: keras.ops.convert_to_numpy(value) for key, value in store.items()})
 
 
 def same_input(x: keras.KerasTensor) -> keras.KerasTensor:

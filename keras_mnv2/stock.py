@@ -6,13 +6,14 @@ from typing import Any
 import keras
 
 from keras_mnv2.annotations import Tensor
+from keras_mnv2.arguments import check_graph
 from keras_mnv2.build import apply_layer
 from keras_mnv2.initializers import Normal
 from keras_mnv2.layers import parts
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
 from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.quantize import is_quantized
-from keras_mnv2.rewrite import layers_of, rewrite
+from keras_mnv2.rewrite import copy_weights, layers_of, rewrite
 
 # The classes of this package by the class of Keras that each one is.
 _OURS = {
@@ -49,8 +50,7 @@ def from_keras(model: keras.Model) -> keras.Model:
         >>> type(ours.get_layer("block_1_expand")).__module__
         'keras_mnv2.layers.parts'
     """
-    if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
-        raise ValueError(f"model must be a built functional or sequential Keras model, got {model!r}.")
+    check_graph("model", model)
     if not any(layer.name == "Conv1" and type(layer) is keras.layers.Conv2D for layer in layers_of(model)):
         raise ValueError(
             f"model must have the layers of keras.applications.MobileNetV2, such as Conv1 and block_1_expand, got "
@@ -67,7 +67,7 @@ def from_keras(model: keras.Model) -> keras.Model:
 
     new, pairs, _ = rewrite(model, clone, finish=finish)
     for layer, copy in pairs:
-        _copy(layer, copy)
+        copy_weights(layer, copy)
     return new
 
 
@@ -112,7 +112,7 @@ def to_stock(model: keras.Model) -> keras.Model:
             scale, shift = (keras.ops.convert_to_numpy(v) for v in (layer.scale, layer.shift))
             copy.set_weights([scale, shift, 0 * shift, 0 * shift + 1 - copy.epsilon])
         else:
-            _copy(layer, copy)
+            copy_weights(layer, copy)
     return new
 
 
@@ -143,16 +143,6 @@ class _Opened:
             own = [pairs[id(v)] for v in new.weights if v.trainable]
             if own and all(id(v) in frozen for v in own):
                 new.trainable = False
-
-
-def _copy(layer: Any, copy: Any) -> None:
-    if not isinstance(layer, keras.Layer):
-        return
-    copy.set_weights(layer.get_weights())
-    # A layer may derive values from its weights when it loads them, as `Normalization` does.
-    store: dict[str, Any] = {}
-    layer.save_own_variables(store)
-    copy.load_own_variables({key: keras.ops.convert_to_numpy(value) for key, value in store.items()})
 
 
 def _stock_initializer(value: Any) -> Any:

@@ -190,6 +190,8 @@ def functions(folder):
         package.save_weights: {"model": model, "path": folder / "w.h5", "layout": "keras"},
         package.load_weights: {"model": model, "weights": folder / "w.h5", "averaged": None},
         package.load_export: {"path": folder / "nothing.onnx"},
+        package.load_classifier: {"model": folder / "w.h5", "image_size": 32, "alpha": 0.35, "scale": None},
+        package.probabilities: {"scores": np.zeros((1, 3))},
         package.list_weights: {"pattern": "*", "library": None, "alpha": None},
         package.class_folders: {"folder": folder, "class_names": None},
         package.layers.InvertedResidual: {"filters": 8, "stride": 1, "expand_ratio": 6, "dilation_rate": 1},

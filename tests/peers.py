@@ -21,7 +21,7 @@ def convs(model):
     """Every `Convolution` in the order of computation, of a model of either form."""
     for layer in model.layers:
         if isinstance(layer, InvertedResidual | ConvNormActivation):
-            parts = layer._convs().values() if isinstance(layer, InvertedResidual) else [layer]
+            parts = layer.convolutions().values() if isinstance(layer, InvertedResidual) else [layer]
             yield from (Convolution(conv.kernel, conv.groups > 1, conv.norm) for conv in parts)
         elif isinstance(layer, keras.layers.BatchNormalization):
             conv = layer.input._keras_history.operation

@@ -1,9 +1,11 @@
 """Files that are written beside and moved into place."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -33,6 +35,11 @@ def write(path: Path, content: bytes) -> None:
     """Writes a whole file."""
     with beside(path) as part:
         part.write_bytes(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file of JSON, with text in the place of what JSON does not know."""
+    write(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 @contextlib.contextmanager

@@ -4,9 +4,10 @@ Run as a file it imports nothing of this package, and importing Keras fails, or 
 exported file must not need it.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy as np
 
 # From a batch of images to the outputs by name.
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
+# That, and the shape of the images as the runtime says it.
+Loaded = tuple[Run, Iterable[Any]]
 
 # Images a call, so that a large sample needs no more memory than this many.
 BATCH = 64
@@ -40,46 +43,60 @@ def load_export(path: str | os.PathLike[str]) -> Run:
         >>> {name: y.shape for name, y in load_export("mobilenet.tflite")(np.zeros((2, 32, 32, 3))).items()}
         {'predictions': (2, 10)}
     """
+    return load_with_shape(path)[0]
+
+
+def load_with_shape(path: str | os.PathLike[str]) -> tuple[Run, tuple[int | None, ...]]:
+    """What `load_export` gives, and the shape of the images that the file takes; a size that is free is None."""
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"path must be a path, got {path!r}.")
     path = Path(path)
     if (path / "saved_model.pb").is_file():
-        return _saved_model(path)
+        return _of_shape(*_saved_model(path))
     if path.suffix not in _LOADERS:
         raise ValueError(f"path must be a SavedModel or end in {', '.join(_LOADERS)}, got {str(path)!r}.")
     if not path.is_file():
         raise FileNotFoundError(f"path must be an exported file that exists, got {str(path)!r}.")
-    return _LOADERS[path.suffix](path)
+    return _of_shape(*_LOADERS[path.suffix](path))
 
 
-def _saved_model(path: Path) -> Run:
+def _of_shape(run: Run, shape: Iterable[Any]) -> tuple[Run, tuple[int | None, ...]]:
+    # A free size is a name, a symbol or a number below 1.
+    return run, tuple(n if isinstance(n, int) and n > 0 else None for n in shape)
+
+
+def _saved_model(path: Path) -> Loaded:
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(path))
     serve = loaded.signatures["serving_default"]
     (name,) = serve.structured_input_signature[1]
-    dtype = serve.structured_input_signature[1][name].dtype
+    image = serve.structured_input_signature[1][name]
 
     def run(
         images: np.ndarray, _loaded: Any = loaded
     ) -> dict[str, np.ndarray]:  # A signature does not keep its model alive.
-        outputs = serve(**{name: tf.constant(images, dtype)})
+        outputs = serve(**{name: tf.constant(images, image.dtype)})
         return {key: value.numpy() for key, value in outputs.items()}
 
-    return run
+    return run, image.shape
 
 
-def _onnx(path: Path) -> Run:
+def _onnx(path: Path) -> Loaded:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     (image,) = session.get_inputs()
     names = [output.name for output in session.get_outputs()]
     dtype = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}[image.type]
-    return lambda images: dict(zip(names, session.run(None, {image.name: images.astype(dtype)}), strict=True))
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(names, session.run(None, {image.name: images.astype(dtype)}), strict=True))
+
+    return run, image.shape
 
 
-def _litert(path: Path) -> Run:
+def _litert(path: Path) -> Loaded:
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
@@ -95,7 +112,7 @@ def _litert(path: Path) -> Run:
         found = run_signature(**{name: images.astype(image["dtype"])})
         return {key: _real(value, *outputs[key]["quantization"]) for key, value in found.items()}
 
-    return run
+    return run, [int(n) for n in image["shape_signature"]]
 
 
 def _real(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
@@ -104,7 +121,7 @@ def _real(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
     return (value.astype("float32") - zero_point) * np.float32(scale)
 
 
-def _openvino(path: Path) -> Run:
+def _openvino(path: Path) -> Loaded:
     import openvino
 
     # On CPUs that have it, OpenVINO would compute in bfloat16.
@@ -115,23 +132,40 @@ def _openvino(path: Path) -> Run:
         found = request.infer([images.astype("float32")])
         return {output.any_name: found[output].copy() for output in compiled.outputs}
 
-    return run
+    return run, [dim.get_length() if dim.is_static else None for dim in compiled.inputs[0].partial_shape]
 
 
-def _torch(path: Path) -> Run:
-    import torch
+def _torch(path: Path) -> Loaded:
+    with _without_triton():
+        import torch
 
-    module = torch.export.load(path).module()
+        program = torch.export.load(path)
+    module = program.module()
+    (name,) = program.graph_signature.user_inputs
+    (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():
             y = module(torch.from_numpy(np.asarray(images, "float32")))
         return {key: value.numpy() for key, value in (y if isinstance(y, dict) else {"output": y}).items()}
 
-    return run
+    return run, shape
 
 
-def _keras(path: Path) -> Run:
+@contextlib.contextmanager
+def _without_triton() -> Iterator[None]:
+    """Inside, PyTorch does not load Triton: after TensorFlow that crashes the process (torch 2.14, TensorFlow 2.21)."""
+    if "tensorflow" not in sys.modules or "triton" in sys.modules:
+        yield
+        return
+    sys.modules["triton"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["triton"]
+
+
+def _keras(path: Path) -> Loaded:
     import keras
 
     model = keras.models.load_model(path, compile=False)
@@ -142,7 +176,7 @@ def _keras(path: Path) -> Run:
             return found
         return dict(zip(model.output_names, found if isinstance(found, list) else [found], strict=True))
 
-    return run
+    return run, model.inputs[0].shape
 
 
 _LOADERS = {".onnx": _onnx, ".tflite": _litert, ".xml": _openvino, ".pt2": _torch, ".keras": _keras}

@@ -391,19 +391,20 @@ class InvertedResidual(_Compact):
 
         y, expanded = join(
             inputs,
-            {name: run(conv) for name, conv in self._convs().items()},
+            {name: run(conv) for name, conv in self.convolutions().items()},
             lambda shortcut, branch: self._sum(shortcut, self._drop(branch, training), training),
             self.shortcut if self.residual else None,
         )
         return (y, expanded) if self.return_expansion else y
 
-    def _convs(self) -> dict[str, Any]:
+    def convolutions(self) -> dict[str, ConvNormActivation]:
+        """Its convolutions, once it is built, in order: `expand`, where it has one, `depthwise` and `project`."""
         convs = {"expand": self.expand, "depthwise": self.depthwise, "project": self.project}
         return {name: conv for name, conv in convs.items() if conv is not None}
 
     def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {}
-        for name, conv in self._convs().items():
+        for name, conv in self.convolutions().items():
             parts |= {name: conv, **{f"{name}/{inner}": part for inner, part in conv._parts().items()}}
         return parts
 

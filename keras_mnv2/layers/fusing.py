@@ -15,7 +15,7 @@ import keras
 
 from keras_mnv2 import ops
 from keras_mnv2.annotations import Shape, Tensor
-from keras_mnv2.arguments import is_plain_batch_norm
+from keras_mnv2.norms import is_plain_batch_norm
 from keras_mnv2.ops.padding import Padding
 
 

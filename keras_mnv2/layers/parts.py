@@ -11,7 +11,6 @@ import keras
 
 from keras_mnv2 import ops
 from keras_mnv2.annotations import Tensor
-from keras_mnv2.arguments import is_plain_batch_norm
 from keras_mnv2.layers.fusing import (
     Cache,
     Call,
@@ -23,6 +22,7 @@ from keras_mnv2.layers.fusing import (
     normalize_by_batch,
     read_unit,
 )
+from keras_mnv2.norms import is_plain_batch_norm
 
 
 class _Direct(Part):

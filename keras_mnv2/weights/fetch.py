@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import keras
 
+from keras_mnv2.files import folder_beside
 from keras_mnv2.weights.read import read_arrays
 
 # A server that sends nothing for so long has stalled.
@@ -49,18 +49,17 @@ def fetch(url: str, file_name: str, sha256: str | None = None) -> Path:
                 _compare(target)
             return target
         print(f"{target} has another SHA-256 than the published {sha256}: it is downloaded again.", flush=True)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=f".{file_name}.", dir=target.parent)
-    except OSError as error:
-        raise ConnectionError(
-            f"{url} cannot be put at {str(target)!r} ({error.strerror}): "
-            "set KERAS_HOME to a folder that can be written."
-        ) from error
-    with folder as scratch:
+    with contextlib.ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(folder_beside(target))
+        except OSError as error:
+            raise ConnectionError(
+                f"{url} cannot be put at {str(target)!r} ({error.strerror}): "
+                "set KERAS_HOME to a folder that can be written."
+            ) from error
         try:
             with _socket_timeout(STALLED_SECONDS):
-                found = Path(keras.utils.get_file(file_name, url, cache_dir=scratch, cache_subdir=""))
+                found = Path(keras.utils.get_file(file_name, url, cache_dir=str(scratch), cache_subdir=""))
         except Exception as error:
             # What Keras says, without the address that it repeats.
             reason = str(error).removeprefix(f"URL fetch failure on {url}: ").removeprefix("None -- ")

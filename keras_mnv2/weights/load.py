@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 
 from keras_mnv2.annotations import PathLike
 from keras_mnv2.arguments import check_choice, check_flag, check_model, check_path
+from keras_mnv2.files import folder_beside
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual
 from keras_mnv2.weights.rename import LAYOUTS, Block, file_names, from_keras, later_blocks, to_keras
 from keras_mnv2.weights.source import Source, checkpoint_of, read_source
@@ -180,9 +180,8 @@ def model_variables(model: keras.Model) -> dict[str, Any] | None:
     variables: dict[str, Any] = {}
     for layer in model.layers:
         if isinstance(layer, InvertedResidual):
-            for part in ("expand", "depthwise", "project"):
-                if (conv := getattr(layer, part)) is not None:
-                    variables |= _conv_variables(f"{layer.name}/{part}", conv)
+            for part, conv in layer.convolutions().items():
+                variables |= _conv_variables(f"{layer.name}/{part}", conv)
         elif isinstance(layer, ConvNormActivation):
             variables |= _conv_variables(layer.name, layer)
         else:
@@ -257,13 +256,9 @@ def _load_as_keras_does(model: keras.Model, path: Path) -> None:
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes beside, and moves into place."""
-    writers: dict[str, Callable[[Path, dict[str, np.ndarray]], None]] = {
-        ".safetensors": _write_safetensors,
-        ".h5": _write_h5,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-        part = Path(scratch) / path.name
+    writers: dict[str, Callable] = {".safetensors": _write_safetensors, ".h5": _write_h5}
+    with folder_beside(path) as scratch:
+        part = scratch / path.name
         writers.get(path.suffix, _write_torch)(part, arrays)
         os.replace(part, path)
 

@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 
 import keras_mnv2
 from keras_mnv2.backend import other_backend
-from keras_mnv2.cli import _scoring, main
+from keras_mnv2.cli import main
 from tests.conftest import once, once_on
 from tests.helpers import randomise
 
@@ -161,17 +161,49 @@ def test_channels_first_models_are_fed_so(files, tmp_path):
     last = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=4, include_preprocessing=True)
     first = keras.Sequential([keras.Input((3, 32, 32)), keras.layers.Permute((2, 3, 1)), last])
     (x,) = keras_mnv2.evaluation_data([folder / "china.jpg"], size=32, normalize=False)[0]
-    np.testing.assert_allclose(_scoring(first)(x), _scoring(last)(x), rtol=1e-4)
+    first.save(tmp_path / "first.keras")
+    classifier = keras_mnv2.load_classifier(tmp_path / "first.keras", scale="none")
+    assert (classifier.input_shape, classifier.size, classifier.channels) == ((None, 3, 32, 32), 32, 3)
+    np.testing.assert_allclose(classifier.scores(x), last.predict(x, verbose=0), rtol=1e-4)
+
+
+@once
+def test_an_exported_file_is_evaluated_as_the_model_is(files, capsys, tmp_path):
+    folder, _ = files
+    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3, include_preprocessing=True)
+    randomise(model, np.random.default_rng(0), np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)))
+    model.save(tmp_path / "model.keras")
+    keras_mnv2.export(model, tmp_path / "model.onnx", "onnx", verbose=False)
+    for name in ("china", "coffee", "flower"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (photograph,) = folder.glob(f"{name}.*")
+        shutil.copy(photograph, tmp_path / "images" / name)
+    found = []
+    for name in ("model.keras", "model.onnx"):
+        options = ("--weights", tmp_path / name, "--json")
+        status, out, err = run(capsys, "evaluate", tmp_path / "images", *options)
+        assert status == 0, err
+        assert json.loads(out)["weights"] == str(tmp_path / name)
+        found.append([json.loads(out)["top1"]])
+        _, out, _ = run(capsys, "predict", folder / "china.jpg", *options)
+        (rows,) = json.loads(out).values()
+        found[-1] += [row["probability"] for row in sorted(rows, key=lambda row: row["index"])]
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+    # Scaled twice, it is another network.
+    _, out, _ = run(capsys, "predict", folder / "china.jpg", *options, "--scale", "keras")
+    (rows,) = json.loads(out).values()
+    again = [row["probability"] for row in sorted(rows, key=lambda row: row["index"])]
+    assert again != pytest.approx(found[0][1:], rel=1e-3)
 
 
 def test_what_a_build_prints_stays_out_of_the_json(files, capsys, monkeypatch):
     folder, model = files
 
-    def build(**_):
+    def build(*_, **__):
         print("[====>   ] downloading")
         return model
 
-    monkeypatch.setattr("keras_mnv2.cli.MobileNetV2", build)
+    monkeypatch.setattr("keras_mnv2.classifier.MobileNetV2", build)
     status, out, err = run(capsys, "predict", folder / "china.jpg", "--json", "--top", 1)
     assert (status, len(json.loads(out))) == (0, 1)
     assert "downloading" in err
@@ -179,7 +211,7 @@ def test_what_a_build_prints_stays_out_of_the_json(files, capsys, monkeypatch):
 
 def test_mistakes_come_before_any_download(files, capsys, monkeypatch, tmp_path):
     folder, _ = files
-    monkeypatch.setattr("keras_mnv2.cli.MobileNetV2", lambda **_: pytest.fail("it was built"))
+    monkeypatch.setattr("keras_mnv2.classifier.MobileNetV2", lambda *_, **__: pytest.fail("it was built"))
     (tmp_path / "dog_or_cat").mkdir()
     shutil.copy(folder / "china.jpg", tmp_path / "dog_or_cat")
     for arguments, message in (

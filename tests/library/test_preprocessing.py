@@ -709,3 +709,17 @@ def test_arrays_may_lie_in_memory_in_any_way():
     assert np.array_equal(found, resize_and_crop(photo[::-1, ::-2].copy(), "timm/mobilenetv2_140.ra_in1k"))
     turned = np.asfortranarray(photo)
     assert np.array_equal(resize_and_crop(turned), resize_and_crop(photo))
+
+
+def test_probabilities_are_the_softmax_of_logits_alone():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20, 10)) * 100
+    found = keras_mnv2.probabilities(logits)
+    assert found.sum(axis=1) == pytest.approx(1)
+    assert np.array_equal(found.argmax(1), logits.argmax(1))
+    assert np.array_equal(keras_mnv2.probabilities(found), found)
+    eighth_bits = np.round(found * 256).clip(0, 255) / 256
+    assert np.array_equal(keras_mnv2.probabilities(eighth_bits), eighth_bits)
+    assert keras_mnv2.probabilities(np.ones((1, 4))) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match=r"scores must have the shape \(images, classes\), got \(3,\)"):
+        keras_mnv2.probabilities([0, 0, 1])

@@ -266,10 +266,22 @@ def own_layer():
     return keras.Model(image, Own(name="odd")(image))
 
 
+def own_norm():
+    """A batch norm of the caller's, whose formula is another."""
+
+    class Own(keras.layers.BatchNormalization):
+        def call(self, x, training=None, mask=None):
+            return 2 * super().call(x, training=training)
+
+    image = keras.Input((32, 32, 3))
+    return keras.Model(image, Own()(keras.layers.Conv2D(4, 3, use_bias=False, name="odd")(image)))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (own_layer, "got the layer 'odd' of type Own"),
+        (own_norm, "a batch norm of its own or a bias, got the layer 'odd' with neither"),
         (lambda: small(dtype="mixed_bfloat16"), "must compute in float32 to be quantised, got mixed_bfloat16"),
         (
             lambda: small(norm_layer="group_norm", block=InvertedResidual),

@@ -12,6 +12,7 @@ import keras_mnv2
 from tests.conftest import once
 from tests.helpers import randomise
 from training import evaluate
+from training.report.evaluation import text
 
 COLOURS = {"blue": (20, 30, 200), "green": (30, 180, 40), "red": (210, 40, 30)}
 EACH = 6
@@ -22,6 +23,10 @@ TINY = {
     "classes": 3,
     "inverted_residual_setting": [(1, 16, 1, 1), (6, 24, 2, 2)],
 }
+
+
+def evaluated(model, *dataset, **options):
+    return evaluate.evaluate(evaluate.Options(str(model), *dataset, **options))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +77,7 @@ def right_share(model, photographs):
 
 
 def test_the_results_are_those_of_predict(model, saved, photographs, tmp_path):
-    found = evaluate.evaluate(saved, str(photographs), batch_size=4, out=tmp_path / "out")
+    found = evaluated(saved, str(photographs), batch_size=4, out=tmp_path / "out")
     images, labels = images_of(photographs)
     scores = model.predict(images, verbose=0)
     assert found["images"] == len(labels) == 3 * EACH - 1
@@ -100,7 +105,7 @@ def test_the_results_are_those_of_predict(model, saved, photographs, tmp_path):
 def test_an_exported_model_has_the_models_accuracy(suffix, format, model, photographs, tmp_path):
     path = tmp_path / f"tiny{suffix}"
     keras_mnv2.export(model, path, format, verbose=False)
-    found = evaluate.evaluate(path, str(photographs), batch_size=4)
+    found = evaluated(path, str(photographs), batch_size=4)
     assert found["image_size"] == 32
     assert found["top1"] == pytest.approx(right_share(model, photographs))
 
@@ -171,12 +176,12 @@ EXPORTS = {
 def test_exported_files_are_run_in_their_own_runtimes(name, photographs, tmp_path):
     """Their scores are the means of red, green and blue: those of the classes, in another order."""
     EXPORTS[name](tmp_path / name, 32)
-    found = evaluate.evaluate(tmp_path / name, str(photographs), batch_size=4)
+    found = evaluated(tmp_path / name, str(photographs), batch_size=4)
     images, labels = images_of(photographs)
     assert found["image_size"] == 32, "the file says which size it takes"
     assert found["top1"] == pytest.approx((images.mean((1, 2)).argmax(1) == labels).mean())
     assert found["top1"] == pytest.approx((EACH - 1) / (3 * EACH - 1)), "green alone is in its place"
-    scaled = evaluate.evaluate(tmp_path / name, str(photographs), scale="keras", out=tmp_path / "scaled")
+    scaled = evaluated(tmp_path / name, str(photographs), scale="keras", out=tmp_path / "scaled")
     expected = images.mean((1, 2)) / 127.5 - 1
     assert np.load(tmp_path / "scaled" / "scores.npy") == pytest.approx(expected, abs=1e-4)
     assert scaled["top1"] == found["top1"]
@@ -186,22 +191,22 @@ def test_exported_files_are_run_in_their_own_runtimes(name, photographs, tmp_pat
 def test_files_that_take_any_size_need_one(name, photographs, tmp_path):
     EXPORTS[name](tmp_path / name, None)
     with pytest.raises(ValueError, match="image_size must be given"):
-        evaluate.evaluate(tmp_path / name, str(photographs))
-    assert evaluate.evaluate(tmp_path / name, str(photographs), image_size=40)["image_size"] == 40
+        evaluated(tmp_path / name, str(photographs))
+    assert evaluated(tmp_path / name, str(photographs), image_size=40)["image_size"] == 40
 
 
 def test_a_model_that_does_not_scale_pixels_gets_them_scaled(model, photographs, tmp_path):
     plain = keras_mnv2.MobileNetV2((32, 32, 3), **TINY)
     plain.set_weights(model.get_weights())
     plain.save(tmp_path / "plain.keras")
-    found = evaluate.evaluate(tmp_path / "plain.keras", str(photographs))
+    found = evaluated(tmp_path / "plain.keras", str(photographs))
     assert found["top1"] == pytest.approx(right_share(model, photographs))
 
 
 def test_the_test_images_of_digits_and_a_network_of_one_channel(tmp_path):
     built = keras_mnv2.MobileNetV2((32, 32, 1), **TINY | {"classes": 10}, include_preprocessing=True)
     built.save(tmp_path / "digits.keras")
-    found = evaluate.evaluate(tmp_path / "digits.keras", "digits", batch_size=128)
+    found = evaluated(tmp_path / "digits.keras", "digits", batch_size=128)
     assert found["images"] == 360
     assert found["skipped"] == {}
 
@@ -210,16 +215,16 @@ def test_a_run_folder_knows_its_data_set(saved, photographs, tmp_path):
     (tmp_path / "model.keras").write_bytes(saved.read_bytes())
     settings = {"dataset": str(photographs), "image_size": 32, "resize": 34, "weights": None}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    found = evaluate.evaluate(tmp_path)
+    found = evaluated(tmp_path)
     assert (found["dataset"], found["resize"]) == (str(photographs), 34)
-    assert evaluate.evaluate(tmp_path / "model.keras", resize=40)["resize"] == 40
+    assert evaluated(tmp_path / "model.keras", resize=40)["resize"] == 40
 
 
 def test_all_images_of_a_folder_without_parts(saved, photographs):
-    found = evaluate.evaluate(saved, str(photographs / "test"), split="all", batch_size=4)
+    found = evaluated(saved, str(photographs / "test"), split="all", batch_size=4)
     assert found["images"] == 3 * EACH - 1
     with pytest.raises(ValueError, match="split must be one of train, test for"):
-        evaluate.evaluate(saved, str(photographs), split="all")
+        evaluated(saved, str(photographs), split="all")
 
 
 @once
@@ -229,29 +234,32 @@ def test_a_file_of_weights(tmp_path):
     rng = np.random.default_rng(0)
     x, y = rng.integers(256, size=(9, 32, 32, 3), dtype="uint8"), np.arange(9) % 3
     np.savez(tmp_path / "noise.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    found = evaluate.evaluate(tmp_path / "tiny.h5", str(tmp_path / "noise.npz"), image_size=32, alpha=0.35)
+    found = evaluated(tmp_path / "tiny.h5", str(tmp_path / "noise.npz"), image_size=32, alpha=0.35)
     expected = built.predict(x / np.float32(127.5) - 1, verbose=0).argmax(1)
     assert found["top1"] == pytest.approx((expected == y).mean())
 
     top = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, include_top=False)
     keras_mnv2.save_weights(top, tmp_path / "no_top.h5")
-    with pytest.raises(ValueError, match="has no classifier"):
-        evaluate.evaluate(tmp_path / "no_top.h5", str(tmp_path / "noise.npz"), image_size=32, alpha=0.35)
+    with pytest.raises(ValueError, match="model must have a classifier"):
+        evaluated(tmp_path / "no_top.h5", str(tmp_path / "noise.npz"), image_size=32, alpha=0.35)
 
 
 @once
 def test_the_background_of_1001_classes_is_dropped(tmp_path, monkeypatch):
     x, y = np.zeros((4, 32, 32, 3), "uint8"), np.array([0, 1, 2, 999])
     np.savez(
-        tmp_path / "imagenet.npz", **{f"{v}_{part}": a for part in evaluate.SPLITS for v, a in (("x", x), ("y", y))}
+        tmp_path / "imagenet.npz", **{f"{v}_{part}": a for part in ("train", "test") for v, a in (("x", x), ("y", y))}
     )
     scores = np.zeros((4, 1001), "float32")
     scores[range(4), [1, 2, 3, 999]] = 1
-    network = evaluate.Network(lambda images: scores[: len(images)], 32, 3, False, "none")
-    monkeypatch.setattr(evaluate, "_load", lambda *arguments: network)
-    found = evaluate.evaluate("some", str(tmp_path / "imagenet.npz"), batch_size=4)
+    how = keras_mnv2.Preprocessing(36, 32)
+    network = keras_mnv2.Classifier(
+        "some", "none", (None, 32, 32, 3), how, False, 1001, lambda: lambda images: scores[: len(images)]
+    )
+    monkeypatch.setattr(keras_mnv2, "load_classifier", lambda *arguments, **options: network)
+    found = evaluated("some", str(tmp_path / "imagenet.npz"), batch_size=4)
     assert found["top1"] == 0.75
-    assert "The 4 least accurate of 1000 classes" in evaluate.text(found)
+    assert "The 4 least accurate of 1000 classes" in text(found)
 
 
 def command(*arguments):
@@ -272,8 +280,9 @@ def test_the_command(model, saved, photographs, tmp_path):
 
 
 @once
-def test_the_command_loads_pytorch_before_tensorflow(photographs, tmp_path):
+def test_a_program_of_pytorch_is_evaluated_in_a_process_with_tensorflow(photographs, tmp_path, monkeypatch):
     write_torch(tmp_path / "means.pt2", 32)
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
     done = command(tmp_path / "means.pt2", "--dataset", photographs)
     assert done.returncode == 0, done.stderr
     assert "means.pt2 (pt2) on 17 test images" in done.stdout

@@ -6,6 +6,7 @@ import matplotlib.figure
 import numpy as np
 
 from .. import files
+from ..report.tables import aligned
 from .peers import product_side
 
 OURS = "keras_mnv2"
@@ -92,18 +93,6 @@ def table(rows: list[dict]) -> str:
         if any(cells):
             columns.append([head, *cells])
     return aligned([list(line) for line in zip(*columns, strict=True)])
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """Lines of cells as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
 
 
 def slope(x: list[float], y: list[float]) -> float | None:

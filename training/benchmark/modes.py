@@ -6,7 +6,6 @@ faster than the peer), the share of the machine's peak, measured as a product of
 """
 
 import functools
-import importlib.metadata
 import json
 import os
 import statistics
@@ -19,8 +18,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from .. import files
 from ..process import fail
 from ..ranges import Amount, Count, MaybeCount, MaybePositive, checked, parsed
+from ..report.versions import versions
 from . import charts
 from .contenders import FLOAT32_ONLY, IN_FIT, KERAS, PEERS
 from .peers import Spec, product_side
@@ -35,6 +36,8 @@ GROWTH_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 GROWTH_SIZES = (96, 128, 160, 192, 224, 288, 352, 448)
 GROWTH_BATCH = 8
 PEAK = "matrix product"
+# Packages that take part besides those of `versions`.
+OTHERS = ("torchvision", "onnxruntime", "openvino", "ai-edge-litert")
 
 Peer = Literal["keras.applications", "torchvision", "torchvision-folded", "onnxruntime", "openvino", "litert"]
 Mode = Literal["inference", "latency", "training", "fit", "host", "build", "growth", "exports"]
@@ -147,13 +150,11 @@ class Results:
 
     def __init__(self, options: Options, bench: Bench):
         self.bench, self.path = bench, options.out / "results.json"
-        common = {"options": asdict(options), "versions": all_versions(), "left_out": options.left_out}
+        common = {"options": asdict(options), "versions": versions(OTHERS), "left_out": options.left_out}
         self.content: dict = {**common, "peak_flops": {}, "rows": [], "growth": []}
 
     def keep(self, mode: str, rows: list[dict]) -> None:
         """Writes the file, with these rows of a mode, or points of `growth`, in the place of those before."""
-        from ..run.train import write_json
-
         if mode == "growth":
             self.content["growth"] = rows
         else:
@@ -162,7 +163,7 @@ class Results:
         self.content["missing"] = self.bench.missing
         self.content["failed"] = [asdict(spec) | {"error": error} for spec, error in self.bench.failed.items()]
         self.content["exceeded"] = [asdict(spec) | {"during": what} for spec, what in self.bench.exceeded.items()]
-        write_json(self.path, self.content)
+        files.write_json(self.path, self.content)
 
 
 def measure(
@@ -307,19 +308,6 @@ def cost(options: Options, mode: str) -> int:
 
     shape = (options.side(mode), options.side(mode), 3)
     return keras_mnv2.cost_profile(alpha=options.alpha, input_shape=shape, print_fn=None).multiply_adds
-
-
-def all_versions() -> dict[str, str]:
-    """Versions of what takes part, as far as it is installed."""
-    from ..run.train import versions
-
-    found = versions()
-    for package in ("torchvision", "onnxruntime", "openvino", "ai-edge-litert"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def run(options: Options) -> bool:

@@ -18,7 +18,6 @@ import keras_mnv2
 
 from ..config import Config
 from ..parallel.channel import Channel
-from ..state.checkpoints import State
 from . import augment
 from .sets import Split
 
@@ -286,19 +285,23 @@ def read_scores(
         Arrays (images, numbers) and (images,).
     """
     numbered = batches.numbered_stream(step=start, epochs=1, until=until)
-    found = [(i, np.asarray(run(images)), labels.argmax(1)) for i, (images, labels) in numbered]
+    found = [(i, _numbers(run(images)), labels.argmax(1)) for i, (images, labels) in numbered]
     if channel is not None and channel.of > 1:
-        arrays = {f"{kind}/{i}": array for i, scores, labels in found for kind, array in (("x", scores), ("y", labels))}
-        for content in channel.gather(State(arrays, {}).encode())[1:]:
-            other = State.decode(content).arrays
-            indices = [name.removeprefix("x/") for name in other if name.startswith("x/")]
-            found += [(int(i), other[f"x/{i}"], other[f"y/{i}"]) for i in indices]
+        own = [np.asarray(array) for batch in found for array in batch]
+        for other in channel.gather_arrays(*own)[1:]:
+            found += [(int(i), x, y) for i, x, y in zip(other[::3], other[1::3], other[2::3], strict=True)]
         found.sort(key=lambda one: one[0])
         share_unreadable(batches, channel)
     if not found:
         return np.zeros((0, 0), "float32"), np.zeros(0, "int64")
     _, scores, labels = zip(*found, strict=True)
     return np.concatenate(scores), np.concatenate(labels)
+
+
+def _numbers(scores):
+    """As an array of NumPy; bfloat16, which its files do not have, as float32."""
+    scores = np.asarray(scores)
+    return scores if scores.dtype.kind in "biuf" else scores.astype("float32")
 
 
 def share_unreadable(batches: Batches, channel: Channel) -> None:

@@ -5,6 +5,11 @@ from typing import Any
 
 import numpy as np
 
+import keras_mnv2
+
+# By this name too, for the report.
+from .tables import table as table
+
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Share of the images whose label is among the `k` largest scores; of equal scores the first class is the larger.
@@ -56,36 +61,19 @@ def calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 15) ->
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3), 0 to 1.
 
     The sum over the bins of their share of the images times |accuracy - mean confidence|. Confidence is the largest of
-    the `probabilities`; bin m of M holds those in ((m - 1) / M, m / M].
+    `keras_mnv2.probabilities`; bin m of M holds those in ((m - 1) / M, m / M].
 
     Args:
         scores: (images, classes).
         labels: (images,).
         bins: of equal width.
     """
-    found = probabilities(scores)
+    found = keras_mnv2.probabilities(scores)
     confidence, right = found.max(axis=1), found.argmax(axis=1) == labels
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     # Share of the images times the difference of the means is the difference of the sums over all images.
     differences = np.bincount(index, right - confidence, bins)
     return float(np.abs(differences).sum() / len(labels))
-
-
-def probabilities(scores: np.ndarray) -> np.ndarray:
-    """The softmax of logits; scores that are probabilities already stay as they are.
-
-    They are where none is negative and each row's sum is 1 within 1e-3, or within half a step of 1/256 for each class:
-    8-bit files round their softmax to such steps.
-
-    Args:
-        scores: (images, classes).
-    """
-    scores = np.asarray(scores, "float64")
-    apart = np.abs(scores.sum(axis=1) - 1)
-    if (scores >= 0).all() and (scores <= 1 + 1e-3).all() and (apart <= max(1e-3, scores.shape[1] / 512)).all():
-        return scores
-    exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def worst_mistakes(scores: np.ndarray, labels: np.ndarray, number: int) -> np.ndarray:
@@ -96,7 +84,7 @@ def worst_mistakes(scores: np.ndarray, labels: np.ndarray, number: int) -> np.nd
         labels: (images,).
         number: of images.
     """
-    found = probabilities(scores)
+    found = keras_mnv2.probabilities(scores)
     wrong = np.flatnonzero(found.argmax(axis=1) != labels)
     return wrong[np.argsort(-found[wrong].max(axis=1), kind="stable")][:number]
 
@@ -110,23 +98,3 @@ def measures(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str])
         "calibration_error": calibration_error(scores, labels),
         "per_class": per_class(confusion_matrix(scores, labels), class_names),
     }
-
-
-def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table, with columns of even width: the first to the left, the others to the right; None is empty."""
-    lines = [
-        ["" if cell is None else str(cell).replace("|", r"\|").replace("\n", " ") for cell in row]
-        for row in (headings, *rows)
-    ]
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines.insert(1, rule)
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
-    )

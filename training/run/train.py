@@ -2,10 +2,7 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import importlib.util
-import platform
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -15,14 +12,16 @@ import keras_mnv2
 
 from .. import files
 from ..config import Config
-from ..data.batches import Batches, read_scores, share_unreadable
+from ..data.batches import read_scores, share_unreadable
 from ..data.inputs import Inputs, read
 from ..parallel import engines
 from ..parallel.channel import Channel, connect
 from ..parallel.engines import Engine
 from ..report import metrics, pictures, summary
+from ..report.evaluation import draw
+from ..report.versions import versions
 from ..state import run_folder
-from ..state.run_folder import Run, write_json
+from ..state.run_folder import Run
 from ..state.signals import Stop, Stopped
 from . import transfer
 from .fitting import fit
@@ -32,7 +31,6 @@ from .progress import duration
 from .quantization import SAMPLE, quantize
 from .saving import Diverged, keep_good_weights, trained_weights
 
-MISTAKES = 24
 # Of Goyal et al. 2017, section 2.2, for a learning rate that was multiplied.
 WARMUP_EPOCHS = 5.0
 
@@ -164,7 +162,7 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
     draw(scores, labels, inputs.test, inputs.class_names, this.folder)
     matrix = metrics.confusion_matrix(scores, labels)
     summary.write(this.folder / "report.md", config, results, history, matrix, inputs.class_names, command)
-    write_json(this.folder / "metrics.json", results)
+    files.write_json(this.folder / "metrics.json", results)
     this.checkpoints.remove()
     print(f"{duration(results['seconds'])} in all, results in {this.folder}")
     return results
@@ -210,28 +208,3 @@ def scaled(config: Config, engine: Engine) -> Config:
     if config.batch_size % devices:
         raise ValueError(f"batch_size must be a multiple of the {devices} devices, got {config.batch_size}.")
     return config
-
-
-def draw(scores: np.ndarray, labels: np.ndarray, test: Batches, class_names: tuple[str, ...], run_dir: Path) -> None:
-    """Draws the confusion matrix, and the test images that were most surely taken for another class."""
-    pictures.draw_confusion(metrics.confusion_matrix(scores, labels), class_names, run_dir / "confusion.png")
-    probabilities = metrics.probabilities(scores)
-    readable = test.readable()
-    images, titles = [], []
-    for i in metrics.worst_mistakes(probabilities, labels, MISTAKES):
-        image = test.prepare(test.split[readable[i]][0], np.random.default_rng(0))
-        images.append(np.clip(image, 0, 255).astype("uint8"))
-        found = probabilities[i].argmax()
-        titles.append(f"{class_names[found]}, not {class_names[labels[i]]}\n{probabilities[i, found]:.0%}")
-    pictures.draw_mistakes(images, titles, run_dir / "mistakes.png")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on, as far as they are installed."""
-    found = {"python": platform.python_version()}
-    for package in ("keras_mnv2", "keras", "numpy", "tensorflow", "jax", "torch"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -162,7 +162,7 @@ def open_run(config: Config, engine: Engine, channel: Channel, stop: Stop, datas
                 "go on with what can read it, or give another run_dir to start anew."
             )
         if found is None:
-            write_json(path / "config.json", dataclasses.asdict(config) | {"run_dir": str(path)})
+            files.write_json(path / "config.json", dataclasses.asdict(config) | {"run_dir": str(path)})
         elif told := _difference(found.place["fingerprint"], fingerprint):
             raise ValueError(f"dataset must be what it was when the run stopped: {told}.")
     # The first process reads, so that the others need not see its files.
@@ -178,11 +178,6 @@ def open_run(config: Config, engine: Engine, channel: Channel, stop: Stop, datas
             flush=True,
         )
     return run
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes beside and moves into place."""
-    files.write(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 def _encoded(config):

@@ -40,6 +40,8 @@ def test_one_worker_needs_nobody():
     assert alone.main
     assert alone.share == (0, 1)
     assert alone.gather(b"a") == [b"a"]
+    (arrays,) = alone.gather_arrays(np.array(3), np.ones((2, 3), "float32"), np.zeros((0, 2)))
+    assert [(array.shape, array.dtype) for array in arrays] == [((), "int64"), ((2, 3), "float32"), ((0, 2), "float64")]
     assert alone.broadcast(b"b") == b"b"
     assert alone.agree(3) == 3
     np.testing.assert_array_equal(alone.sum([1.0, 2.0]), [1, 2])
@@ -55,18 +57,20 @@ def test_what_workers_tell_each_other(of):
             worker.sum([worker.number, 0.5]).tolist(),
             worker.agree(1 << worker.number),
             worker.broadcast(b"x" * 3_000_000)[-1:],
+            [[array.tolist() for array in arrays] for arrays in worker.gather_arrays(np.full(worker.number, 0.5))],
         )
         worker.close()
         return found
 
     results = connected(of, task)
     everything = [bytes([number]) * 3 for number in range(of)]
-    for number, (gathered, told, total, flags, long) in enumerate(results):
+    for number, (gathered, told, total, flags, long, arrays) in enumerate(results):
         assert gathered == ([] if number else everything)
         assert told == b"from zero"
         assert total == [sum(range(of)), of / 2]
         assert flags == 2**of - 1
         assert long == b"x"
+        assert arrays == ([] if number else [[[0.5] * other] for other in range(of)])
 
 
 @pytest.fixture

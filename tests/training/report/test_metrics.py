@@ -3,7 +3,7 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
-from training.report import metrics, pictures
+from training.report import metrics, pictures, tables
 
 NAMES = ["cat", "dog", "fox"]
 # Of four images; the third is taken for a dog.
@@ -53,17 +53,6 @@ def test_calibration_error_by_hand():
     assert metrics.calibration_error(sure, np.array([1, 2, 0])) == 1
 
 
-def test_probabilities_are_the_softmax_of_logits_alone(rng):
-    logits = rng.normal(size=(20, 10)) * 100
-    found = metrics.probabilities(logits)
-    assert found.sum(axis=1) == pytest.approx(1)
-    assert np.array_equal(found.argmax(1), logits.argmax(1))
-    assert np.array_equal(metrics.probabilities(found), found)
-    eighth_bits = np.round(found * 256).clip(0, 255) / 256
-    assert np.array_equal(metrics.probabilities(eighth_bits), eighth_bits)
-    assert metrics.probabilities(np.ones((1, 4))) == pytest.approx(0.25)
-
-
 def test_the_worst_mistakes_are_the_most_confident():
     scores = np.array([[0.6, 0.4], [0.1, 0.9], [0.2, 0.8], [0.9, 0.1]])
     labels = np.array([1, 0, 1, 0])
@@ -79,7 +68,7 @@ def test_all_measures_at_once():
 
 
 def test_a_table_is_markdown():
-    assert metrics.table(["class", "images"], [["cat|dog", 12], ["fox", None]]).splitlines() == [
+    assert tables.table(["class", "images"], [["cat|dog", 12], ["fox", None]]).splitlines() == [
         "| class    | images |",
         "| -------- | -----: |",
         r"| cat\|dog |     12 |",

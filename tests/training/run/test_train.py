@@ -14,7 +14,7 @@ import keras_mnv2
 from tests.conftest import ONCE
 from tests.golden import record_losses
 from tests.helpers import note, relative_difference
-from training import process
+from training import files, process
 from training.__main__ import RECIPES, main, repeated
 from training.config import Config
 from training.data import sets
@@ -414,8 +414,8 @@ def test_a_checkpoint_that_cannot_be_had_ends_in_one_sentence(photographs, monke
 
 
 def test_json_files_are_moved_into_place(tmp_path):
-    run_folder.write_json(tmp_path / "a.json", {"b": 1})
+    files.write_json(tmp_path / "a.json", {"b": 1})
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
     with pytest.raises(TypeError):
-        run_folder.write_json(tmp_path / "a.json", {("not", "a key"): 1})
+        files.write_json(tmp_path / "a.json", {("not", "a key"): 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1}

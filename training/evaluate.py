@@ -7,6 +7,8 @@ or a published checkpoint: a name of `keras_mnv2.list_weights()`, an `hf://` add
 import argparse
 import json
 import os
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,8 @@ from .report import metrics
 SPLITS = ("test", "validation", "train", "all")
 SCALES = ("none", "keras")
 EXPORTS = (".onnx", ".tflite", ".xml", ".pt2")
-# Mistakes that are shown, and rows of the table of classes above which only the worst are printed.
-MISTAKES, MOST_ROWS, WORST_ROWS = 24, 40, 10
+# Rows of the table of classes above which only the worst are printed.
+MOST_ROWS, WORST_ROWS = 40, 10
 # What `MobileNetV2(weights="imagenet")` loads.
 KERAS_OWN = "keras/mobilenet_v2_1.0_224"
 IMAGENET_CLASSES, WITH_BACKGROUND = 1000, 1001
@@ -41,6 +43,8 @@ class Network:
         channels: of its images, or None where that is not known.
         scale: whether it takes -1..1, and not 0..255.
         runtime: what runs it.
+        maps: from images, as `run` takes them, and classes to `report.activation_map.activation_maps`; None where what
+            runs it gives its scores alone.
     """
 
     run: Callable[[np.ndarray], np.ndarray]
@@ -48,18 +52,23 @@ class Network:
     channels: int | None
     scale: bool
     runtime: str
+    maps: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
 
     def score(self, images: np.ndarray) -> np.ndarray:
-        """Scores (batch, classes) of images NHWC with values 0..255; grey ones are repeated for RGB networks."""
+        """Scores (batch, classes) of images NHWC with values 0..255."""
+        scores = np.asarray(self.run(self.prepared(images)), "float32")
+        if scores.ndim != 2:
+            raise ValueError(f"model must be a classifier with scores (batch, classes), got {scores.shape}.")
+        return scores
+
+    def prepared(self, images: np.ndarray) -> np.ndarray:
+        """Images NHWC with values 0..255 as the network takes them; grey ones are repeated for RGB networks."""
         if self.channels == 3 and images.shape[-1] == 1:
             images = np.repeat(images, 3, axis=-1)
         if self.channels not in (None, images.shape[-1]):
             raise ValueError(f"dataset must have images of {self.channels} channels, as the model takes them, "
                              f"got {images.shape[-1]}.")  # fmt: skip
-        scores = np.asarray(self.run(images / np.float32(127.5) - 1 if self.scale else images), "float32")
-        if scores.ndim != 2:
-            raise ValueError(f"model must be a classifier with scores (batch, classes), got {scores.shape}.")
-        return scores
+        return images / np.float32(127.5) - 1 if self.scale else images
 
 
 def evaluate(
@@ -73,6 +82,7 @@ def evaluate(
     alpha: float | None = None,
     scale: str | None = None,
     out: str | os.PathLike | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Evaluates a model on a split of a data set.
 
@@ -90,8 +100,9 @@ def evaluate(
         alpha: width multiplier, for a file of weights.
         scale: `"keras"` scales pixels to -1..1, `"none"` leaves 0..255, for models that scale them themselves. By
             default none for exported files; for Keras models whatever their `include_preprocessing` asks for.
-        out: folder for `results.json`, `confusion.png`, `mistakes.png` (of the most confident; none where there are no
-            mistakes), `scores.npy` (images, classes) and `labels.npy` (images,), in the order of the split.
+        out: folder for the page `report.html`, `results.json`, `scores.npy` (images, classes) and `labels.npy`
+            (images,), in the order of the split.
+        command: what to run to repeat it, for the page.
 
     Returns:
         The results, as JSON takes them: `images`, `top1`, `top5`, `calibration_error` and `per_class` of
@@ -114,6 +125,7 @@ def evaluate(
         _readable(model, lambda: _input_shape(Path(model)))
     # Here, so that --help does not wait for a backend, and after PyTorch.
     from .data import batches, sets
+    from .report import mistakes, page
     from .run import train
 
     run = _settings(Path(model))
@@ -150,7 +162,8 @@ def evaluate(
     scores = scores[:, 1:] if background else scores
     if not np.isfinite(scores).all():
         raise ValueError(f"model must give finite scores, got others for {(~np.isfinite(scores)).any(1).sum()} images.")
-    results = {
+    worst = mistakes.worst(scores, labels, ordered, names)
+    settings = {
         "model": model,
         "runtime": network.runtime,
         "dataset": dataset,
@@ -158,11 +171,17 @@ def evaluate(
         "image_size": size,
         "resize": how.resize,
         "batch_size": batch_size,
+    }
+    results = {
+        **settings,
         **metrics.measures(scores, labels, names),
         "images_per_second": round(len(labels) / seconds, 2),
         "waiting": round(ordered.waited / seconds, 4),
         "skipped": ordered.unreadable,
-        "mistakes": _mistakes(scores, labels, names, ordered),
+        "mistakes": [
+            {"image": one.name, "label": one.label, "prediction": one.prediction, "probability": one.probability}
+            for one in worst
+        ],
         "versions": train.versions(),
     }
     if out is not None:
@@ -170,10 +189,45 @@ def evaluate(
         for name, array in (("scores", scores), ("labels", labels)):
             with files.beside(folder / f"{name}.npy") as part:
                 np.save(part, array)
-        (folder / "mistakes.png").unlink(missing_ok=True)
-        train.draw(scores, labels, ordered, names, folder)
         train.write_json(folder / "results.json", results)
+        worst, no_maps = _explained(worst, network, 1 if background else 0)
+        report = page.Report(
+            title=f"{Path(model).name} on {Path(dataset).name}",
+            subtitle=f"{model}, run by {network.runtime}, on {len(labels):,} {split} images of {dataset}.",
+            results=_rows(results),
+            matrix=metrics.confusion_matrix(scores, labels),
+            class_names=names,
+            mistakes=worst,
+            unreadable=ordered.unreadable,
+            command=command,
+            settings=settings,
+            versions=results["versions"],
+            no_maps=no_maps,
+        )
+        page.write(folder / "report.html", report)
     return results
+
+
+def _explained(worst, network, first):
+    """The mistakes with their activation maps, and why they have none; the network's classes begin with `first`."""
+    from .report.mistakes import explained
+
+    if network.maps is None:
+        return worst, f"{network.runtime} gives the scores alone."
+    try:
+        return explained(worst, lambda images, classes: network.maps(network.prepared(images), classes + first)), ""
+    except ValueError as error:
+        return worst, str(error)
+
+
+def _rows(results):
+    return [
+        ("accuracy", f"{results['top1']:.2%} of {results['images']:,} images"),
+        *([("accuracy, top 5", f"{results['top5']:.2%}")] if len(results["per_class"]) > 5 else []),
+        ("expected calibration error", f"{results['calibration_error']:.4f}"),
+        ("images a second, reading included", f"{results['images_per_second']:,.1f}"),
+        ("waiting for images", f"{results['waiting']:.0%} of the time"),
+    ]
 
 
 def text(results: dict[str, Any]) -> str:
@@ -202,7 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = vars(_parser().parse_args(argv))
     path = options.pop("json")
     try:
-        results = evaluate(**options)
+        words = sys.argv[1:] if argv is None else argv
+        results = evaluate(**options, command=f"python -m {process.PACKAGE}.evaluate {shlex.join(words)}")
         if path is not None:
             from .run.train import write_json
 
@@ -255,7 +310,7 @@ def _parser():
         "--out",
         type=Path,
         metavar="FOLDER",
-        help="folder for results.json, confusion.png, mistakes.png, scores.npy and labels.npy",
+        help="folder for report.html, results.json, scores.npy and labels.npy",
     )
     return parser
 
@@ -307,9 +362,14 @@ def _load(model, image_size, batch_size, alpha, scale):
         padded = np.concatenate([images, np.repeat(images[:1], missing, axis=0)])
         return loaded.predict_on_batch(np.moveaxis(padded, -1, 1) if channels_first else padded)[: len(images)]
 
+    def maps(images, classes):
+        from .report.activation_map import activation_maps
+
+        return activation_maps(loaded, np.moveaxis(images, -1, 1) if channels_first else images, classes)
+
     scales = any(layer.name == "preprocess" for layer in loaded.layers)
     runtime = f"Keras on {keras.backend.backend()}"
-    return Network(run, size, channels, not scales if scale is None else scale == "keras", runtime)
+    return Network(run, size, channels, not scales if scale is None else scale == "keras", runtime, maps)
 
 
 def _exported(path, scale):
@@ -387,20 +447,6 @@ def _first_scores(network, size, batch_size):
         raise
     except Exception as error:
         raise ValueError(f"model must take images of the shape {shape}: {str(error).splitlines()[0]}") from error
-
-
-def _mistakes(scores, labels, class_names, ordered):
-    kept = [ordered.split.name(i) for i in ordered.readable()]
-    found = metrics.probabilities(scores)
-    return [
-        {
-            "image": kept[i],
-            "label": class_names[labels[i]],
-            "prediction": class_names[found[i].argmax()],
-            "probability": float(found[i].max()),
-        }
-        for i in metrics.worst_mistakes(scores, labels, MISTAKES)
-    ]
 
 
 def _percent(share):

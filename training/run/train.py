@@ -9,7 +9,6 @@ import platform
 import sys
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 import keras
@@ -25,7 +24,8 @@ from ..parallel import engines
 from ..parallel.channel import Channel, connect
 from ..parallel.engines import Engine
 from ..process import status_of
-from ..report import metrics, pictures, summary
+from ..report import metrics, mistakes, page, summary
+from ..report.activation_map import activation_maps
 from ..state import run_folder
 from ..state.checkpoints import State
 from ..state.run_folder import Run, write_json
@@ -37,7 +37,6 @@ from .progress import duration
 
 # Images on which exported files are compared with the model.
 SAMPLE = 64
-MISTAKES = 24
 # Of Goyal et al. 2017, section 2.2, for a learning rate that was multiplied.
 WARMUP_EPOCHS = 5.0
 
@@ -45,9 +44,9 @@ WARMUP_EPOCHS = 5.0
 def run(config: Config, command: str = "") -> dict:
     """Trains, tests, saves and exports as `config` says.
 
-    The run folder gets `config.json`, `history.csv` (a line an epoch, written as it ends), `model.keras`, the pictures
-    `curves.png`, `confusion.png` and `mistakes.png`, `report.md`, `saved_model/`, TensorBoard's and LiteRT's files
-    where they are asked for, and, last, `metrics.json`. Until then `checkpoints/` holds what `resume` goes on from.
+    The run folder gets `config.json`, `history.csv` (a line an epoch, written as it ends), `model.keras`,
+    `saved_model/`, TensorBoard's and LiteRT's files where they are asked for, the page `report.html` and its summary
+    `report.md`, and, last, `metrics.json`. Until then `checkpoints/` holds what `resume` goes on from.
     With several processes the first one alone writes, prints and exports.
 
     Args:
@@ -176,13 +175,10 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
     if history:
         results["seconds_per_epoch"] = float(np.median(history["seconds"]))
         results["waiting_for_input"] = float(np.median(history["waiting"]))
-        pictures.draw_curves(history, this.folder / "curves.png")
     for batches in (train, validation, test):
         if told := batches.told():
             print(told)
-    draw(scores, labels, test, dataset.class_names, this.folder)
-    matrix = metrics.confusion_matrix(scores, labels)
-    summary.write(this.folder / "report.md", config, results, history, matrix, dataset.class_names, command)
+    write_report(this, final, results, test, scores, labels, dataset, command)
     write_json(this.folder / "metrics.json", results)
     this.checkpoints.remove()
     print(f"{duration(results['seconds'])} in all, results in {this.folder}")
@@ -260,11 +256,11 @@ def head_phase(
     begun = run.phase("head_begun", lambda: run.seconds)
     if config.cache_features:
         ordered = evaluation_batches(dataset.train, train.classes, config, run.channel.share)
-        transfer.train_head(run, model, ordered, validation, class_weight)
+        run.done["head_history"] = transfer.train_head(run, model, ordered, validation, class_weight)
     else:
         transfer.freeze(model, "predictions")
         alone = dataclasses.replace(config, learning_rate=config.head_learning_rate, epochs=config.head_epochs)
-        fit(run, alone, "head_history", model, train, validation, class_weight)
+        run.done["head_history"] = fit(run, alone, "head_history", model, train, validation, class_weight)
     seconds = run.seconds - begun
     scores, labels = read_scores(run.engine.predictor(model), test, run.channel)
     if not run.channel.main:
@@ -371,7 +367,9 @@ def quantize(run: Run, model: keras.Model, dataset: sets.Dataset) -> dict[str, f
         ema=None,
         early_stopping=0,
     )
-    fit(run, again, "quantize_history", aware, train, validation, None, beside=model.get_weights())
+    run.done["quantize_history"] = fit(
+        run, again, "quantize_history", aware, train, validation, None, beside=model.get_weights()
+    )
     sample, accuracies = test[0][0][:SAMPLE], {}
     for name, source, options in (
         ("float32", model, {}),
@@ -387,18 +385,40 @@ def quantize(run: Run, model: keras.Model, dataset: sets.Dataset) -> dict[str, f
     return accuracies
 
 
-def draw(scores: np.ndarray, labels: np.ndarray, test: Batches, class_names: tuple[str, ...], run_dir: Path) -> None:
-    """Draws the confusion matrix, and the test images that were most surely taken for another class."""
-    pictures.draw_confusion(metrics.confusion_matrix(scores, labels), class_names, run_dir / "confusion.png")
-    probabilities = metrics.probabilities(scores)
-    readable = test.readable()
-    images, titles = [], []
-    for i in metrics.worst_mistakes(probabilities, labels, MISTAKES):
-        image = test.prepare(test.split[readable[i]][0], np.random.default_rng(0))
-        images.append(np.clip(image, 0, 255).astype("uint8"))
-        found = probabilities[i].argmax()
-        titles.append(f"{class_names[found]}, not {class_names[labels[i]]}\n{probabilities[i, found]:.0%}")
-    pictures.draw_mistakes(images, titles, run_dir / "mistakes.png")
+def write_report(
+    run: Run,
+    model: keras.Model,
+    found: dict[str, Any],
+    test: Batches,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    dataset: sets.Dataset,
+    command: str,
+) -> None:
+    """Writes `report.html` and `report.md` of a run whose metrics are `found` and whose test gave these scores."""
+    config, names = run.config, dataset.class_names
+    worst = mistakes.worst(scores, labels, test, names)
+    with run.engine.alone():
+        worst = mistakes.explained(worst, lambda images, classes: activation_maps(model, images, classes))
+    tuned = "fine-tuning" if config.head_epochs else "training"
+    phases = {"head_history": "head alone", "history": tuned, "quantize_history": "quantisation-aware"}
+    images = " + ".join(f"{len(split):,}" for split in (dataset.train, dataset.validation, dataset.test))
+    report = page.Report(
+        title=f"{config.recipe} on {found['backend']}",
+        subtitle=f"MobileNetV2 on {config.dataset}, {images} images of {len(names)} classes for training, validation "
+        "and test.",
+        results=summary.results(found, run.done.get("history", {}), len(names)),
+        matrix=metrics.confusion_matrix(scores, labels),
+        class_names=names,
+        mistakes=worst,
+        unreadable=found["unreadable_images"],
+        command=command,
+        settings=dataclasses.asdict(config),
+        versions=found["versions"],
+        phases={phases[name]: run.done[name] for name in phases if run.done.get(name)},
+    )
+    page.write(run.folder / "report.html", report)
+    summary.write(run.folder / "report.md", report.title, report.results, "report.html")
 
 
 def versions() -> dict[str, str]:

@@ -40,13 +40,14 @@ def activation_maps(model: keras.Model, images: np.ndarray, classes: np.ndarray)
     (2, 64, 96)
     """
     pooling, dense = _top(model)
-    features = keras.Model(model.input, pooling.input).predict_on_batch(images).astype("float32")
+    features = keras.Model(model.inputs[0], pooling.input).predict_on_batch(images).astype("float32")
     if channels_first := pooling.data_format == "channels_first":
         features = np.moveaxis(features, 1, -1)
     kernel = keras.ops.convert_to_numpy(dense.kernel).astype("float32")
     maps = np.einsum("nhwk,kn->nhw", features, kernel[:, classes]).clip(min=0)
     height, width = images.shape[2:] if channels_first else images.shape[1:3]
-    large = np.stack([Image.fromarray(one).resize((width, height), Image.Resampling.BILINEAR) for one in maps])
+    enlarged = (Image.fromarray(one).resize((width, height), Image.Resampling.BILINEAR) for one in maps)
+    large = np.stack([np.asarray(one) for one in enlarged])
     largest = large.max(axis=(1, 2), keepdims=True)
     return large / np.where(largest > 0, largest, 1)
 

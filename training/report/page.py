@@ -91,7 +91,7 @@ def html(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda share: "" if share is None else f"{share:.1%}"
-    environment.filters["picture"] = _picture
+    environment.filters["picture"] = picture
     environment.filters["short"] = lambda name: "/".join(Path(name).parts[-2:])
     script = (folder / "page.js").read_text("utf-8")
     many = len(report.class_names) > MOST_CLASSES
@@ -124,8 +124,8 @@ def _epochs(phases):
     return {"headings": [COLUMNS[key][0] for key in keys], "rows": rows}
 
 
-def _picture(pixels):
-    """A data URI of bytes (height, width, 1 or 3)."""
+def picture(pixels: np.ndarray) -> str:
+    """A data URI of bytes (height, width, 1 or 3), as a JPEG of 128 to 256 pixels a side."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     factor = -(-LEAST_SIDE // max(image.size))
     if factor > 1:

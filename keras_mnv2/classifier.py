@@ -45,7 +45,7 @@ class Classifier:
     preprocessing: Preprocessing
     scale: bool
     _classes: int | None
-    _load: Callable[[], Callable[[np.ndarray], Any]]
+    _load: Callable[[], keras.Model | Callable[[np.ndarray], Any]]
     _filled: int = 0
 
     def __post_init__(self) -> None:
@@ -79,11 +79,40 @@ class Classifier:
 
     def load(self) -> None:
         """Downloads and builds it, where that is still to be done; `scores` does so too."""
-        self._run  # noqa: B018  A cached property.
+        self._loaded  # noqa: B018  A cached property.
+
+    @property
+    def model(self) -> keras.Model | None:
+        """The model of Keras that gives the scores; None where another runtime runs a file."""
+        return self._loaded if isinstance(self._loaded, keras.Model) else None
 
     @functools.cached_property
-    def _run(self) -> Callable[[np.ndarray], Any]:
+    def _loaded(self) -> keras.Model | Callable[[np.ndarray], Any]:
         return self._load()
+
+    def prepare(self, images: Any) -> np.ndarray:
+        """Images as the model takes them: scaled, grey ones repeated for a network of RGB, channels first if it does.
+
+        Args:
+            images: NHWC with values 0..255.
+
+        Returns:
+            An array of float32.
+
+        Raises:
+            ValueError: on images that the model does not take.
+        """
+        images = np.asarray(images, "float32")
+        if images.ndim != 4:
+            raise ValueError(f"images must be (batch, height, width, channels), got the shape {images.shape}.")
+        if self.channels == 3 and images.shape[-1] == 1:
+            images = np.repeat(images, 3, axis=-1)
+        if self.channels not in (None, images.shape[-1]):
+            raise ValueError(
+                f"images must have {self.channels} channels, as the model takes them, got {images.shape[-1]}."
+            )
+        x = images / np.float32(127.5) - 1 if self.scale else images
+        return np.moveaxis(x, -1, 1) if self._channels_first else x
 
     def scores(self, images: Any) -> np.ndarray:
         """Scores of images: probabilities or logits, as the model gives them; see `keras_mnv2.probabilities`.
@@ -97,24 +126,16 @@ class Classifier:
         Raises:
             ValueError: on images that the model does not take, or a model that is no classifier.
         """
-        images = np.asarray(images, "float32")
-        if images.ndim != 4:
-            raise ValueError(f"images must be (batch, height, width, channels), got the shape {images.shape}.")
-        if self.channels == 3 and images.shape[-1] == 1:
-            images = np.repeat(images, 3, axis=-1)
-        if self.channels not in (None, images.shape[-1]):
-            raise ValueError(
-                f"images must have {self.channels} channels, as the model takes them, got {images.shape[-1]}."
-            )
-        x = images / np.float32(127.5) - 1 if self.scale else images
+        x = self.prepare(images)
         # One shape for all batches, the smaller ones too: each new shape would be compiled.
         self._filled = max(self._filled, len(x))
-        x = np.concatenate([x, np.repeat(x[:1], self._filled - len(x), axis=0)])
-        scores = np.asarray(self._run(np.moveaxis(x, -1, 1) if self._channels_first else x), "float32")
+        filled = np.concatenate([x, np.repeat(x[:1], self._filled - len(x), axis=0)])
+        run = self._loaded if self.model is None else self.model.predict_on_batch
+        scores = np.asarray(run(filled), "float32")
         if scores.ndim != 2:
             raise ValueError(f"model must be a classifier with scores (batch, classes), got {scores.shape}.")
         self._classes = scores.shape[1]
-        return scores[: len(images)]
+        return scores[: len(x)]
 
 
 def load_classifier(
@@ -238,10 +259,7 @@ def _of_keras(
     classes: int,
     build: Callable[[], keras.Model],
 ) -> Classifier:
-    def load() -> Callable[[np.ndarray], Any]:
-        return build().predict_on_batch
-
-    return Classifier(name, f"Keras on {keras.backend.backend()}", shape, how, scale, classes, load)
+    return Classifier(name, f"Keras on {keras.backend.backend()}", shape, how, scale, classes, build)
 
 
 def _exported(name: str, path: Path) -> Classifier:

@@ -1,6 +1,8 @@
 """`python -m training.evaluate MODEL`: accuracy, confusion and mistakes of a model on a data set."""
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,15 +47,19 @@ class Options:
     json: Path | None = None
     """File for the results."""
     out: Path | None = None
-    """Folder for results.json, confusion.png, mistakes.png (of the most confident; none where there are no mistakes),
-    scores.npy (images, classes) and labels.npy (images,), in the order of the split."""
+    """Folder for the page report.html, results.json, scores.npy (images, classes) and labels.npy (images,), in the
+    order of the split."""
 
     def __post_init__(self):
         check_all(self)
 
 
-def evaluate(options: Options) -> dict[str, Any]:
+def evaluate(options: Options, command: str = "") -> dict[str, Any]:
     """Evaluates a model on a split of a data set.
+
+    Args:
+        options: what to evaluate.
+        command: what to run to repeat it, for the page.
 
     Returns:
         The results, as JSON takes them: `images`, `top1`, `top5`, `calibration_error` and `per_class` of
@@ -71,7 +77,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     import keras_mnv2
 
     from .data import batches, sets
-    from .report import evaluation, metrics
+    from .report import evaluation, metrics, mistakes, page
     from .report.versions import versions
 
     run = _settings(Path(options.model))
@@ -113,7 +119,8 @@ def evaluate(options: Options) -> dict[str, Any]:
     scores = scores[:, 1:] if background else scores
     if not np.isfinite(scores).all():
         raise ValueError(f"model must give finite scores, got others for {(~np.isfinite(scores)).any(1).sum()} images.")
-    results = {
+    worst = mistakes.worst(scores, labels, ordered, names)
+    settings = {
         "model": network.name,
         "runtime": network.runtime,
         "dataset": dataset,
@@ -121,11 +128,14 @@ def evaluate(options: Options) -> dict[str, Any]:
         "image_size": size,
         "resize": how.resize,
         "batch_size": options.batch_size,
+    }
+    results = {
+        **settings,
         **metrics.measures(scores, labels, names),
         "images_per_second": round(len(labels) / seconds, 2),
         "waiting": round(ordered.waited / seconds, 4),
         "skipped": ordered.unreadable,
-        "mistakes": evaluation.mistakes(scores, labels, ordered, names),
+        "mistakes": [mistake.facts() for mistake in worst],
         "versions": versions(),
     }
     if options.json is not None:
@@ -135,9 +145,22 @@ def evaluate(options: Options) -> dict[str, Any]:
         for name, array in (("scores", scores), ("labels", labels)):
             with files.beside(out / f"{name}.npy") as part:
                 np.save(part, array)
-        (out / "mistakes.png").unlink(missing_ok=True)
-        evaluation.draw(scores, labels, ordered, names, out)
         files.write_json(out / "results.json", results)
+        worst, no_maps = evaluation.explained(worst, network, 1 if background else 0)
+        report = page.Report(
+            title=f"{Path(network.name).name} on {Path(dataset).name}",
+            subtitle=f"{network.name}, run by {network.runtime}, on {len(labels):,} {split} images of {dataset}.",
+            results=evaluation.rows(results),
+            matrix=metrics.confusion_matrix(scores, labels),
+            class_names=names,
+            mistakes=worst,
+            unreadable=ordered.unreadable,
+            command=command,
+            settings=settings,
+            versions=results["versions"],
+            no_maps=no_maps,
+        )
+        page.write(out / "report.html", report)
     return results
 
 
@@ -147,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Options, args=argv, prog=f"python -m {process.PACKAGE}.evaluate", config=(tyro.conf.PositionalRequiredArgs,)
     )
     try:
-        results = evaluate(options)
+        words = sys.argv[1:] if argv is None else argv
+        results = evaluate(options, f"python -m {process.PACKAGE}.evaluate {shlex.join(words)}")
     except (ValueError, ImportError, OSError) as error:
         fail(error)
     from .report.evaluation import text

@@ -94,7 +94,10 @@ def test_the_results_are_those_of_predict(model, saved, photographs, tmp_path):
     assert len(wrong) == (scores.argmax(1) != labels).sum()
     assert all(m["label"] != m["prediction"] and m["label"] in m["image"] for m in found["mistakes"])
     files = {p.name for p in (tmp_path / "out").iterdir()}
-    assert files == {"results.json", "confusion.png", "mistakes.png", "scores.npy", "labels.npy"}
+    assert files == {"report.html", "results.json", "scores.npy", "labels.npy"}
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert page.count("<img ") == 2 * len(wrong), "each with its activation map"
+    assert "green/3.png" in page
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
     assert np.load(tmp_path / "out" / "scores.npy") == pytest.approx(scores, abs=1e-5)
     assert np.array_equal(np.load(tmp_path / "out" / "labels.npy"), labels)
@@ -185,6 +188,9 @@ def test_exported_files_are_run_in_their_own_runtimes(name, photographs, tmp_pat
     expected = images.mean((1, 2)) / 127.5 - 1
     assert np.load(tmp_path / "scaled" / "scores.npy") == pytest.approx(expected, abs=1e-4)
     assert scaled["top1"] == found["top1"]
+    page = (tmp_path / "scaled" / "report.html").read_text("utf-8")
+    assert page.count("<img ") == len(scaled["mistakes"])
+    assert "gives the scores alone" in page
 
 
 @pytest.mark.parametrize("name", [name for name in EXPORTS if name != "means.tflite"])

@@ -45,7 +45,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What a library prints must not mix with the answers.
 
-    def answer(**content) -> None:
+    def answer(**content: Any) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
@@ -123,7 +123,7 @@ def keras_contender(spec: Spec) -> tuple[Callable, dict]:
     return keras_call(model, spec), facts
 
 
-def keras_model(spec: Spec):
+def keras_model(spec: Spec) -> Any:
     """keras.applications' model or ours; ours without batch norms where only forward passes are wanted."""
     module = importlib.import_module(spec.module)
     model = module.MobileNetV2((spec.size, spec.size, 3), alpha=spec.alpha, weights=None)
@@ -131,7 +131,7 @@ def keras_model(spec: Spec):
     return module.fold_batch_norm(model) if fold else model
 
 
-def keras_call(model, spec: Spec) -> Callable:
+def keras_call(model: Any, spec: Spec) -> Callable:
     """One prediction or training step; or a short fit of so many steps, which gives the seconds of one.
 
     It starts from NumPy arrays, or from tensors that are on the device.

@@ -5,6 +5,7 @@ A framework is imported where it is asked for something, so that a process holds
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ def torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def on_device(framework: str, array: np.ndarray):
+def on_device(framework: str, array: np.ndarray) -> Any:
     """The array as a tensor of the framework, on its device."""
     if framework == "torch":
         import torch
@@ -46,7 +47,7 @@ def on_device(framework: str, array: np.ndarray):
     return tensorflow.convert_to_tensor(array)
 
 
-def wait(framework: str, tensors) -> None:
+def wait(framework: str, tensors: Any) -> None:
     """Waits until the device has computed the tensors."""
     if framework == "torch":
         import torch
@@ -63,7 +64,7 @@ def wait(framework: str, tensors) -> None:
         tensorflow.test.experimental.sync_devices()
 
 
-def forward(framework: str, model) -> Callable:
+def forward(framework: str, model: Any) -> Callable:
     """A Keras model's forward pass from tensor to tensor, compiled where `predict` is; it waits for the result."""
     if framework == "torch":
         import torch

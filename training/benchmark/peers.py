@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +116,7 @@ def torchvision_folded(spec: Spec) -> Callable[[], object]:
     return _torch_inference(fuse(_torchvision_model(spec).eval()), spec)
 
 
-def _torchvision_model(spec: Spec):
+def _torchvision_model(spec: Spec) -> Any:
     import torch
     import torchvision
 
@@ -124,7 +125,7 @@ def _torchvision_model(spec: Spec):
     return torchvision.models.mobilenet_v2(width_mult=spec.alpha)
 
 
-def _torch_images(spec: Spec):
+def _torch_images(spec: Spec) -> Any:
     import torch
 
     x = torch.from_numpy(images(spec))
@@ -140,7 +141,7 @@ def _precision(spec: Spec) -> contextlib.AbstractContextManager:
     return torch.autocast(frameworks.torch_device(), dtype=getattr(torch, spec.precision))
 
 
-def _torch_inference(model, spec: Spec) -> Callable[[], object]:
+def _torch_inference(model: Any, spec: Spec) -> Callable[[], object]:
     import torch
 
     device = frameworks.torch_device()

@@ -1,1 +1,1 @@
-"""What a run shows: measures, pictures and the report."""
+"""What a run shows: measures, the worst mistakes, the page and its summary."""

@@ -35,15 +35,16 @@ def confusion_matrix(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def per_class(matrix: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Each class's images, accuracy and precision.
+    """Each class's images, accuracy, precision and F1.
 
     Args:
         matrix: of `confusion_matrix`, (classes, classes).
         class_names: in the order of the rows.
 
     Returns:
-        Dicts with `name`, `images`, `accuracy` (recall: the share of its images that is found; None without images) and
-        `precision` (the share of its predictions that is right; None without predictions).
+        Dicts with `name`, `images`, `accuracy` (recall: the share of its images that is found; None without images),
+        `precision` (the share of its predictions that is right; None without predictions) and `f1` (their harmonic
+        mean; None without both).
     """
     right, images, predictions = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
     return [
@@ -52,8 +53,34 @@ def per_class(matrix: np.ndarray, class_names: Sequence[str]) -> list[dict[str, 
             "images": int(images[i]),
             "accuracy": float(right[i] / images[i]) if images[i] else None,
             "precision": float(right[i] / predictions[i]) if predictions[i] else None,
+            "f1": float(2 * right[i] / (images[i] + predictions[i])) if images[i] or predictions[i] else None,
         }
         for i, name in enumerate(class_names)
+    ]
+
+
+def most_confused(matrix: np.ndarray, class_names: Sequence[str], number: int) -> list[dict[str, Any]]:
+    """The pairs of classes with the most images of the one taken for the other, at most `number`.
+
+    Args:
+        matrix: of `confusion_matrix`, (classes, classes).
+        class_names: in the order of the rows.
+        number: of pairs.
+
+    Returns:
+        Dicts with the names `label` and `prediction`, the number of `images`, and `of`, all images of the label.
+    """
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
+    pairs = [divmod(int(i), len(matrix)) for i in np.argsort(-wrong, axis=None, kind="stable")[:number]]
+    return [
+        {
+            "label": class_names[i],
+            "prediction": class_names[j],
+            "images": int(wrong[i, j]),
+            "of": int(matrix[i].sum()),
+        }
+        for i, j in pairs
+        if wrong[i, j]
     ]
 
 

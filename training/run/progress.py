@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import keras
 
 from ..data.batches import Batches
+from ..report.summary import duration
 
 
 class Progress:
@@ -69,10 +70,3 @@ class Progress:
 
     def _speed(self, done):
         return (done - self.first) * self.batches.batch_size / self.seconds if self.seconds else 0.0
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them: `1 h 5 min`, `3 min 20 s`, `12 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -45,7 +45,7 @@ def quantize(run: Run, model: keras.Model, dataset: Dataset) -> dict[str, float]
         early_stopping=0,
     )
     equal = dataclasses.replace(inputs, class_weight=None)
-    fit(run, again, "quantize_history", aware, equal, beside=model.get_weights())
+    run.done["quantize_history"] = fit(run, again, "quantize_history", aware, equal, beside=model.get_weights())
     sample, accuracies = test[0][0][:SAMPLE], {}
     for name, source, options in (
         ("float32", model, {}),

@@ -17,8 +17,9 @@ from ..data.inputs import Inputs, read
 from ..parallel import engines
 from ..parallel.channel import Channel, connect
 from ..parallel.engines import Engine
-from ..report import metrics, pictures, summary
-from ..report.evaluation import draw
+from ..report import metrics
+from ..report.summary import duration
+from ..report.training import write_report
 from ..report.versions import versions
 from ..state import run_folder
 from ..state.run_folder import Run
@@ -27,7 +28,6 @@ from . import transfer
 from .fitting import fit
 from .network import build_model, for_inference
 from .processes import end_at_once, quiet
-from .progress import duration
 from .quantization import SAMPLE, quantize
 from .saving import Diverged, keep_good_weights, trained_weights
 
@@ -38,9 +38,9 @@ WARMUP_EPOCHS = 5.0
 def run(config: Config, command: str = "") -> dict:
     """Trains, tests, saves and exports as `config` says.
 
-    The run folder gets `config.json`, `history.csv` (a line an epoch, written as it ends), `model.keras`, the pictures
-    `curves.png`, `confusion.png` and `mistakes.png`, `report.md`, `saved_model/`, TensorBoard's and LiteRT's files
-    where they are asked for, and, last, `metrics.json`. Until then `checkpoints/` holds what `resume` goes on from.
+    The run folder gets `config.json`, `history.csv` (a line an epoch, written as it ends), `model.keras`,
+    `saved_model/`, TensorBoard's and LiteRT's files where they are asked for, the page `report.html` and its summary
+    `report.md`, and, last, `metrics.json`. Until then `checkpoints/` holds what `resume` goes on from.
     With several processes the first one alone writes, prints and exports.
 
     Args:
@@ -155,13 +155,10 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
     if history:
         results["seconds_per_epoch"] = float(np.median(history["seconds"]))
         results["waiting_for_input"] = float(np.median(history["waiting"]))
-        pictures.draw_curves(history, this.folder / "curves.png")
     for batches in (inputs.train, inputs.validation, inputs.test):
         if told := batches.told():
             print(told)
-    draw(scores, labels, inputs.test, inputs.class_names, this.folder)
-    matrix = metrics.confusion_matrix(scores, labels)
-    summary.write(this.folder / "report.md", config, results, history, matrix, inputs.class_names, command)
+    write_report(this, final, results, inputs, scores, labels, command)
     files.write_json(this.folder / "metrics.json", results)
     this.checkpoints.remove()
     print(f"{duration(results['seconds'])} in all, results in {this.folder}")

@@ -13,11 +13,11 @@ import keras_mnv2
 from ..data.batches import Batches, read_scores
 from ..data.inputs import Inputs
 from ..report import metrics
+from ..report.summary import duration
 from ..state import checkpoints
 from ..state.checkpoints import State
 from ..state.run_folder import Run
 from .fitting import fit
-from .progress import duration
 
 # Feature vectors a step: they are small, and a step costs its overhead alone.
 HEAD_BATCH = 128
@@ -143,11 +143,11 @@ def head_phase(run: Run, model: keras.Model, inputs: Inputs) -> dict[str, Any]:
     config = run.config
     begun = run.phase("head_begun", lambda: run.seconds)
     if config.cache_features:
-        train_head(run, model, inputs)
+        run.done["head_history"] = train_head(run, model, inputs)
     else:
         freeze(model, "predictions")
         alone = dataclasses.replace(config, learning_rate=config.head_learning_rate, epochs=config.head_epochs)
-        fit(run, alone, "head_history", model, inputs)
+        run.done["head_history"] = fit(run, alone, "head_history", model, inputs)
     seconds = run.seconds - begun
     scores, labels = read_scores(run.engine.predictor(model), inputs.test, run.channel)
     if not run.channel.main:

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 import sklearn.metrics
-from PIL import Image
 
-from training.report import metrics, pictures, tables
+from training.report import metrics, tables
 
 NAMES = ["cat", "dog", "fox"]
 # Of four images; the third is taken for a dog.
@@ -30,9 +29,9 @@ def test_top_k_and_the_confusion_matrix_are_those_of_sklearn(rng):
 def test_accuracy_and_precision_of_each_class(rng):
     assert metrics.confusion_matrix(SCORES, LABELS).tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
     assert metrics.per_class(np.array([[3, 1, 0], [0, 0, 0], [0, 0, 0]]), NAMES) == [
-        {"name": "cat", "images": 4, "accuracy": 0.75, "precision": 1.0},
-        {"name": "dog", "images": 0, "accuracy": None, "precision": 0.0},
-        {"name": "fox", "images": 0, "accuracy": None, "precision": None},
+        {"name": "cat", "images": 4, "accuracy": 0.75, "precision": 1.0, "f1": 6 / 7},
+        {"name": "dog", "images": 0, "accuracy": None, "precision": 0.0, "f1": 0.0},
+        {"name": "fox", "images": 0, "accuracy": None, "precision": None, "f1": None},
     ]
     scores, labels = rng.normal(size=(200, 3)), rng.integers(3, size=200)
     rows = metrics.per_class(metrics.confusion_matrix(scores, labels), NAMES)
@@ -40,6 +39,19 @@ def test_accuracy_and_precision_of_each_class(rng):
     expected = sklearn.metrics.precision_recall_fscore_support(labels, predicted)
     assert [row["precision"] for row in rows] == pytest.approx(expected[0])
     assert [row["accuracy"] for row in rows] == pytest.approx(expected[1])
+    assert [row["f1"] for row in rows] == pytest.approx(expected[2])
+
+
+def test_the_pairs_that_are_confused_most():
+    matrix = np.array([[9, 1, 0], [4, 5, 2], [0, 0, 0]])
+    expected = [
+        {"label": "dog", "prediction": "cat", "images": 4, "of": 11},
+        {"label": "dog", "prediction": "fox", "images": 2, "of": 11},
+        {"label": "cat", "prediction": "dog", "images": 1, "of": 10},
+    ]
+    assert metrics.most_confused(matrix, NAMES, 9) == expected
+    assert metrics.most_confused(matrix, NAMES, 2) == expected[:2]
+    assert metrics.most_confused(np.eye(3, dtype=int), NAMES, 9) == []
 
 
 def test_calibration_error_by_hand():
@@ -74,41 +86,3 @@ def test_a_table_is_markdown():
         r"| cat\|dog |     12 |",
         "| fox      |        |",
     ]
-
-
-def opens(path):
-    """The size of the picture, which is the only file in its folder."""
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-    with Image.open(path) as picture:
-        picture.load()
-        assert picture.format == "PNG"
-        return picture.size
-
-
-@pytest.mark.parametrize("keys", [("loss", "accuracy", "val_loss", "val_accuracy"), ("loss", "accuracy"), ("loss",)])
-@pytest.mark.parametrize("phases", [None, {"head": 1, "fine-tuning": 2}])
-def test_curves(keys, phases, tmp_path):
-    pictures.draw_curves({key: [3.0, 2.0, 1.0] for key in keys}, tmp_path / "curves.png", phases)
-    assert opens(tmp_path / "curves.png")
-
-
-def test_the_confusion_matrix_grows_with_the_classes(tmp_path, rng):
-    sizes = []
-    for classes in (2, 10, 30, 50):
-        matrix = rng.integers(9, size=(classes, classes))
-        names = [f"class number {i}, which has a name that is long" for i in range(classes)]
-        pictures.draw_confusion(matrix, names, tmp_path / "confusion.png")
-        sizes.append(opens(tmp_path / "confusion.png"))
-    assert sizes[0] < sizes[1] < sizes[2]
-
-
-def test_mistakes(tmp_path, rng):
-    images = [rng.integers(256, size=(20, 20, c)).astype("uint8") for c in (1, 3) * 4]
-    titles = ["a very long name of a class, not another\n98 %"] * 8
-    assert pictures.draw_mistakes(images, titles, tmp_path / "mistakes.png")
-    assert opens(tmp_path / "mistakes.png")
-
-
-def test_without_mistakes_there_is_no_picture(tmp_path):
-    assert not pictures.draw_mistakes([], [], tmp_path / "mistakes.png")
-    assert not list(tmp_path.iterdir())

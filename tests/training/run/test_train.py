@@ -22,8 +22,8 @@ from training.data.batches import evaluation_batches, read_scores, training_batc
 from training.data.inputs import balanced, read
 from training.parallel import engines
 from training.parallel.channel import Channel
+from training.report.summary import duration
 from training.run import optimizers, train, transfer
-from training.run.progress import duration
 from training.state import run_folder
 from training.state.checkpoints import Checkpoints
 from training.state.signals import Stop
@@ -93,7 +93,7 @@ def test_each_recipe_takes_two_steps(recipe, photographs, weights, tmp_path):
     (row,) = csv.DictReader((tmp_path / "run" / "history.csv").read_text().splitlines())
     assert np.isfinite(float(row["loss"]))
     assert found["test_images"] == 6
-    assert "the command" in (tmp_path / "run" / "report.md").read_text()
+    assert "<code>the command</code>" in (tmp_path / "run" / "report.html").read_text("utf-8")
     model = keras.models.load_model(tmp_path / "run" / "model.keras")
     side = changes.get("evaluation_size", 32)
     assert model.input_shape == (None, side, side, 3)
@@ -313,8 +313,8 @@ def test_the_command_leaves_a_complete_run_folder(tmp_path):
     assert "val_accuracy" in done.stdout
     assert "test accuracy" in done.stdout
     files = {p.name for p in (tmp_path / "run").iterdir()}
-    pictures = {"curves.png", "confusion.png", "mistakes.png"}
-    assert files == {"config.json", "history.csv", "metrics.json", "report.md", "model.keras", "saved_model"} | pictures
+    reports = {"report.html", "report.md"}
+    assert files == {"config.json", "history.csv", "metrics.json", "model.keras", "saved_model"} | reports
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["backend"] == keras.backend.backend()
     assert metrics["versions"]["keras"] == keras.__version__
@@ -328,9 +328,15 @@ def test_the_command_leaves_a_complete_run_folder(tmp_path):
     assert "images/s" in done.stdout
     report = (tmp_path / "run" / "report.md").read_text()
     assert f"{metrics['test_accuracy']:.2%} of 360 images" in report
-    assert f"python -m training digits {' '.join(TINY)}\n" in report
-    shown = re.findall(r"!\[.*?\]\((.*?)\)", report)
-    assert set(shown) == pictures
+    assert re.findall(r"\[.*?\]\((.*?)\)", report) == ["report.html"]
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert f"{metrics['test_accuracy']:.2%} of 360 images" in page
+    assert f"python -m training digits {' '.join(TINY)}</code>" in page
+    (points,) = re.findall(r'<script type="application/json" id="points">(.*?)</script>', page)
+    shown = [[float(row[key]) for row in rows] for key in ("loss", "val_loss")]
+    assert [line["values"] for line in json.loads(points)[0]["lines"]] == [
+        [f"{value:.4f}" for value in values] for values in shown
+    ]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["alpha"] == 0.1
     loaded = keras.models.load_model(tmp_path / "run" / "model.keras")
     assert not loaded.compiled

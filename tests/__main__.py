@@ -42,12 +42,14 @@ def main() -> int:
         run("ruff format", ["ruff", "format", "--check", "."]),
         run("mypy", ["mypy"]),
     ]
-    command = ["pytest", "-q", "-W", "ignore", *arguments]
+    command = ["pytest", "-q", *arguments]
     with ThreadPoolExecutor(len(BACKENDS)) as pool, tempfile.TemporaryDirectory() as cache:
         # Tests, and the processes that they start, compile the same programs again and again.
         compiled = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+        # PyTorch's threads would wait for one another in loops that take the other processes' cores.
+        shared = {**compiled, "OMP_WAIT_POLICY": "PASSIVE"}
         backends = chosen.backend or BACKENDS
-        parts += pool.map(lambda backend: run(backend, command, KERAS_BACKEND=backend, **compiled), backends)
+        parts += pool.map(lambda backend: run(backend, command, KERAS_BACKEND=backend, **shared), backends)
     print("\n== summary")
     passed = failed = 0
     for name, fine, seconds, last in parts:

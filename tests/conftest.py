@@ -26,7 +26,6 @@ OPTIMISED = {
     "test_later",
     "test_ops",
     "test_train",
-    "test_weights",
 }
 
 

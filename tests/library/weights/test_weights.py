@@ -20,6 +20,7 @@ import keras_mnv2
 from keras_mnv2.weights.read import read_arrays
 from tests.conftest import ONCE
 from tests.helpers import note, randomise
+from tests.twins import enliven
 
 # One record of each architecture in the table.
 RECORDS = list(
@@ -103,7 +104,7 @@ def test_the_librarys_own_numbers(checkpoint, tmp_path, rng):
         source = keras.applications.MobileNetV2(
             (size, size, 3), alpha=checkpoint.alpha, weights=None, classifier_activation=None
         )
-        randomise(source, rng, x)
+        enliven(source)
         expected = keras_outputs(source, x, source.get_layer("out_relu").output)
     else:
         source = randomise_torch(torch_model(checkpoint), rng)

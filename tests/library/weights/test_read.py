@@ -215,7 +215,6 @@ def models():
 
 @pytest.mark.parametrize("suffix", [".h5", ".weights.h5", ".keras"])
 @pytest.mark.parametrize("kind", ["keras", "own", "compact"])
-@pytest.mark.filterwarnings("ignore")
 def test_kerass_files(kind, suffix, models, tmp_path):
     model, path = models[kind], tmp_path / f"file{suffix}"
     (model.save_weights if suffix == ".weights.h5" else model.save)(path)

@@ -425,7 +425,6 @@ def flattened(backbone, classes):
 
 @pytest.mark.parametrize("around", [nested, in_sequence, flattened])
 @pytest.mark.parametrize("library", ["keras", "own"])
-@pytest.mark.filterwarnings("ignore")
 def test_the_network_inside_a_transfer_model(library, around, tmp_path, capsys):
     arguments = {"input_shape": (96, 96, 3), "alpha": 0.35, "weights": None, "include_top": False}
     backbone = {"keras": keras.applications.MobileNetV2, "own": keras_mnv2.MobileNetV2}[library](**arguments)
@@ -446,7 +445,8 @@ def test_the_network_inside_a_transfer_model(library, around, tmp_path, capsys):
     assert "the classifier is left out" in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore")
+# Keras names each layer that it leaves as it is.
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method:UserWarning")
 def test_a_quantised_model_is_no_file_of_weights(tmp_path):
     keras_mnv2.quantize_aware(small(None, classes=3)).save(tmp_path / "aware.keras")
     integers = keras.applications.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3)

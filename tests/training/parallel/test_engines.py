@@ -71,7 +71,10 @@ def test_two_devices_train_as_one(dataset, alone, tmp_path):
 # That all stop after the same step they agree on by `Channel`, the same for each engine; how they end is the engine's.
 @pytest.mark.parametrize(
     "stopped",
-    [pytest.param(True, marks=marks("torch")), pytest.param(False, marks=pytest.mark.slow if BACKEND == "torch" else [])],
+    [
+        pytest.param(True, marks=marks("torch")),
+        pytest.param(False, marks=pytest.mark.slow if BACKEND == "torch" else []),
+    ],
     ids=["stopped and killed", "killed"],
 )
 def test_two_processes_that_are_stopped_and_killed_train_as_one(stopped, dataset, alone, tmp_path):

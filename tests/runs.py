@@ -125,16 +125,16 @@ def difference(found, expected):
 
 def signal_after(monkeypatch, epoch, step, number=signal.SIGTERM):
     """The process gets a signal within a step, as if from outside; the run ends after it."""
-    from training.run.progress import Progress
+    from training.run.fitting import Step
 
-    original = Progress.on_train_batch_begin
+    original = Step.on_train_batch_begin
 
     def begin(self, batch, logs=None):
         original(self, batch, logs)
-        if (self.epoch, batch + 1) == (epoch, step):
+        if (self.epoch, self.first + batch + 1) == (epoch, step):
             signal.raise_signal(number)
 
-    monkeypatch.setattr(Progress, "on_train_batch_begin", begin)
+    monkeypatch.setattr(Step, "on_train_batch_begin", begin)
 
 
 def main():

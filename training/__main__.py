@@ -51,7 +51,7 @@ def settings(name: str, arguments: list[str]) -> Config:
     """The settings that a command line means; ends the process with one sentence where they are not allowed."""
     if name not in RECIPES:
         fail(f"The recipe must be one of {', '.join(RECIPES)}, got {name!r}.")
-    listing = "\n\n".join(f"{recipe}: {module.__doc__.splitlines()[0]}" for recipe, module in RECIPES.items())
+    listing = "\n\n".join(f"{recipe}: {(module.__doc__ or '').splitlines()[0]}" for recipe, module in RECIPES.items())
     return ranges.parsed(
         Config,
         prog=f"{process.COMMAND} {name}",

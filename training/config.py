@@ -1,6 +1,6 @@
 """What a run is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,9 @@ from .ranges import (
     check_all,
 )
 
+# Of settings that may change when a run goes on, since nothing that is computed depends on them.
+FREE = {"free": True}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -37,7 +40,7 @@ class Config:
 
     recipe: str
     """Name of the recipe, which the run folder is named after."""
-    dataset: str
+    dataset: str = field(metadata=FREE)
     """`digits`, a folder of class folders (or of `train`, `validation` and `test` folders of them), a `.npz` file with
     `x_train`, `y_train` and so on, or a data set of TFDS."""
     image_size: Side
@@ -48,7 +51,7 @@ class Config:
     """Images a step, of all workers together; see `scale_with_devices`."""
     learning_rate: Positive
     """Peak of the learning rate."""
-    data_dir: Path | None = None
+    data_dir: Path | None = field(default=None, metadata=FREE)
     """Where TFDS keeps its data sets; by default ~/tensorflow_datasets."""
     held_out: bool = True
     """Whether a tenth of the training images stands in for validation images that are missing; if not, the test images
@@ -121,30 +124,30 @@ class Config:
     evaluated with, or 256 for each 224 pixels."""
     seed: Seed = 0
     """Seed of the initial weights, the order of the images and their random changes."""
-    workers: Many = None
+    workers: Many = field(default=None, metadata=FREE)
     """Threads that read and change images; by default one a core, at most 16."""
-    run_dir: Path | None = None
+    run_dir: Path | None = field(default=None, metadata=FREE)
     """Folder for the results, new or empty, or with `resume` that of the run; by default runs/RECIPE-BACKEND-TIME."""
-    resume: bool = False
+    resume: bool = field(default=False, metadata=FREE)
     """Whether the run in `run_dir` goes on from its last checkpoint, or starts if there is none."""
-    checkpoint_seconds: Amount = 30.0
+    checkpoint_seconds: Amount = field(default=30.0, metadata=FREE)
     """Seconds of training after which a checkpoint is written, at the end of a step."""
-    checkpoint_steps: MaybeCount = None
+    checkpoint_steps: MaybeCount = field(default=None, metadata=FREE)
     """Steps after which a checkpoint is written, besides; by default the seconds alone count."""
-    keep_checkpoints: Count = 3
+    keep_checkpoints: Count = field(default=3, metadata=FREE)
     """Checkpoints that are kept, the newest ones."""
-    devices: Many = None
+    devices: Many = field(default=None, metadata=FREE)
     """Devices that this process trains on, on JAX and TensorFlow; by default all GPUs or TPU cores, or one CPU. More
     than there are CPUs are made of one."""
-    scale_with_devices: Literal["no", "linear", "sqrt"] = "no"
+    scale_with_devices: Literal["no", "linear", "sqrt"] = field(default="no", metadata=FREE)
     """What more devices change. `no`: nothing, they share a batch. Otherwise each has `batch_size`
     images, and the learning rate is multiplied by their number (Goyal et al. 2017, section 2.1) or by its root, after
     at least five epochs of warm-up (section 2.2)."""
     deterministic: bool = False
     """Whether a GPU computes in a fixed order, which is slower; a CPU does anyhow."""
-    tensorboard: bool = False
+    tensorboard: bool = field(default=False, metadata=FREE)
     """Whether to write TensorBoard's files into `tensorboard/`, which needs TensorFlow and TensorBoard."""
-    saved_model: bool = True
+    saved_model: bool = field(default=True, metadata=FREE)
     """Whether to export a SavedModel, which needs TensorFlow on every backend."""
     steps_per_epoch: MaybeCount = None
     """Steps of an epoch, for a short try; by default all images."""
@@ -160,3 +163,8 @@ class Config:
             raise ValueError(f"pad must be less than image_size, {self.image_size}, got {self.pad}.")
         if self.resume and self.run_dir is None:
             raise ValueError("resume needs run_dir, the folder of the run that goes on.")
+
+    @classmethod
+    def fixed(cls) -> list[str]:
+        """The settings that a run that goes on must have as before."""
+        return [one.name for one in fields(cls) if not one.metadata.get("free")]

@@ -36,10 +36,14 @@ class Range:
 
     def check(self, name: str, value: Any) -> int | float:
         """`value` as a number of Python; raises `ValueError` where it is not allowed."""
-        kind = numbers.Integral if self.whole else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, kind) or not self.fits(value):
+        if not self.allows(value):
             raise ValueError(f"{name} must be {self.words}, got {value!r}.")
         return int(value) if self.whole else float(value)
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` is such a number; a flag is none."""
+        kind = numbers.Integral if self.whole else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool) and self.fits(value)
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,7 @@ class Rows:
 
     def _is_row(self, row):
         numbered = isinstance(row, Sequence) and len(row) == self.width
-        whole = numbered and all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in row)
-        return whole and row[-1] <= 2
+        return numbered and all(map(_COUNT.allows, row)) and row[-1] <= 2
 
 
 _BOX = re.compile("[\u2500-\u257f]+|-{5,}")

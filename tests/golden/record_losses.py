@@ -17,7 +17,7 @@ from training.data.batches import training_batches
 from training.data.sets import ArraySplit
 from training.recipes import cifar10, digits, paper, torchvision, torchvision_v2
 from training.recipes import transfer as transfer_recipe
-from training.run import fitting, train, transfer
+from training.run import optimizers, train, transfer
 
 PATH = Path(__file__).parent / "losses.json"
 STEPS = 20
@@ -62,7 +62,7 @@ def losses(config: Config, trained: bool = True) -> list[float]:
         for _ in range(30):
             model(batches[0][0], training=True)  # Gives the batch norms statistics to keep.
         transfer.freeze(model, config.unfreeze_from)
-    fitting.compile_model(model, config, len(batches))
+    optimizers.compile_model(model, config, len(batches))
     stream = batches.stream()
     found = []
     for _ in range(STEPS):

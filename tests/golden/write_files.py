@@ -1,4 +1,4 @@
-"""Writes the files of version 0.1.0 that `tests/library/test_earlier_files.py` loads: `python -m tests.golden.write_files`.
+"""Files of version 0.1.0 for `tests/library/test_earlier_files.py`: `python -m tests.golden.write_files` writes them.
 
 Run on commit 9d36b24, where a block was one layer by default; later `block=InvertedResidual` gives those layers.
 """

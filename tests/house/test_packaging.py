@@ -51,7 +51,10 @@ def test_the_source_can_run_its_tests(built, tmp_path):
         assert (root / name).is_file(), name
     # The tests of the structure read all of them.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/house/test_structure.py"], cwd=root, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-q", "tests/house/test_structure.py"],
+        cwd=root,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout
 

@@ -11,7 +11,7 @@ from tests.conftest import BACKENDS, ONCE, once
 from tests.helpers import double_precision, note, randomise, relative_difference, relative_norm, run_python
 from tests.peers import copy_keras_applications, copy_torchvision, exact_batch_norms, torch_pairs
 
-# test_weights.py has all six in float32. XLA compiles keras.applications for most of a minute each.
+# weights/test_weights.py has all six in float32. XLA compiles keras.applications for most of a minute each.
 WIDTHS = [
     pytest.param(alpha, marks=[] if alpha == 0.35 and keras.backend.backend() != "jax" else pytest.mark.slow)
     for alpha in (0.35, 1.0, 1.4)

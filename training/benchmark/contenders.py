@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,12 +61,15 @@ def main() -> None:
 def serve(spec: Spec, answer: Callable[..., None]) -> None:
     """Builds the contender, warms it up, and runs it for each line of the input."""
     start = time.perf_counter()
+    call: Any
+    facts: dict[str, Any]
     if spec.path:
         call, facts = file_call(spec), {}
     elif spec.backend:
         call, facts = keras_contender(spec)
     else:
-        call, facts = PEERS[spec.contender][0](spec), {}
+        make: Any = PEERS[spec.contender][0]
+        call, facts = make(spec), {}
     if spec.mode == "build":
         answer(**facts)
         return
@@ -81,7 +85,8 @@ def serve(spec: Spec, answer: Callable[..., None]) -> None:
     answer(**facts)
     for line in sys.stdin:
         call()  # Wakes the threads.
-        end, times = time.perf_counter() + float(line), []
+        times: list[Any] = []
+        end = time.perf_counter() + float(line)
         while time.perf_counter() < end or len(times) < 3:
             before = time.perf_counter()
             found = call()

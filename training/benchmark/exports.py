@@ -63,8 +63,7 @@ def random_model(alpha: float, size: int) -> tuple[keras.Model, np.ndarray]:
     the hidden layers are lifted, the shortcuts carry most, and the statistics are those of the images.
     """
     keras.utils.set_random_seed(0)
-    arguments = {"alpha": alpha, "weights": None, "norm_momentum": 0.0, "classifier_activation": None}
-    model = keras_mnv2.MobileNetV2((size, size, 3), **arguments)
+    model = keras_mnv2.MobileNetV2((size, size, 3), alpha, weights=None, norm_momentum=0.0, classifier_activation=None)
     coarse = np.random.default_rng(0).uniform(-1, 1, (IMAGES, 7, 7, 3)).astype("float32")
     images = keras.ops.convert_to_numpy(keras.ops.image.resize(coarse, (size, size)))
     names = {layer.name for layer in model.layers}

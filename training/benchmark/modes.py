@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from ..process import fail
 from ..ranges import Amount, Count, MaybeCount, MaybePositive, checked, parsed
@@ -52,7 +52,7 @@ class Options:
 
     backend: Literal["all", "tensorflow", "jax", "torch"] = "all"
     """Backend of the Keras models."""
-    against: tuple[Peer, ...] = ("keras.applications", *(name for name in PEERS if name != PEAK))
+    against: tuple[Peer, ...] = get_args(Peer)
     """What to measure beside keras_mnv2. The runtimes take part in inference and latency, in float32."""
     mode: tuple[Mode, ...] = ("inference", "latency", "training")
     """Forward passes; of one image; training steps; steps inside `model.fit`; what a training step costs the host:
@@ -176,7 +176,7 @@ def measure(
         rows = [row(c) for c in contenders if c.spec.contender != PEAK and c.medians]
         for found in rows:
             speed = found["images_per_second"]
-            found["share_of_peak"] = charts.share_of_peak(multiply_adds, mode, speed, peak and flops(peak))
+            found["share_of_peak"] = charts.share_of_peak(multiply_adds, mode, speed, flops(peak) if peak else None)
         return rows
 
     found = bench.take_turns(
@@ -293,9 +293,10 @@ def measure_exports(options: Options, bench: Bench, folder: str, keep: Keep = fo
         def rows_of(contenders, before=tuple(rows), specs=specs):
             return [*before, *(row(c) | specs[c.spec] for c in contenders if c.medians)]
 
-        found = bench.take_turns(
-            list(specs), options.rounds, options.seconds, lambda running, of=rows_of: keep(of(running))
-        )
+        def keep_rows(running, of=rows_of):
+            keep(of(running))
+
+        found = bench.take_turns(list(specs), options.rounds, options.seconds, keep_rows)
         rows = rows_of(found)
     return rows
 

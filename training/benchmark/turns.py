@@ -1,6 +1,7 @@
 """The processes of the benchmark's contenders, and whose turn it is."""
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -67,6 +68,9 @@ class Contender:
             env={**os.environ, **QUIET, "KERAS_BACKEND": process_backend(spec)},
             start_new_session=True,
         )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.asked, self.answers = self.process.stdin, self.process.stdout
 
     def start(self) -> None:
         """Waits until the process is ready.
@@ -79,8 +83,8 @@ class Contender:
     def turn(self, seconds: float) -> None:
         """Runs for so many seconds and keeps the median of a step."""
         with contextlib.suppress(BrokenPipeError):  # `_read` says why it ended.
-            self.process.stdin.write(f"{seconds}\n".encode())
-            self.process.stdin.flush()
+            self.asked.write(f"{seconds}\n".encode())
+            self.asked.flush()
         found = self._read()
         self.medians.append(statistics.median(found.pop("times")))
         self.facts |= found
@@ -92,12 +96,12 @@ class Contender:
 
     def stop(self) -> None:
         """Ends the process, and those that it started, at once; a second time does nothing."""
-        if self.process.stdin.closed:
+        if self.asked.closed:
             return  # Another process may have its number by now.
         with contextlib.suppress(ProcessLookupError, PermissionError):  # It has ended already.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.errors):
+        for pipe in (self.asked, self.answers, self.errors):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
@@ -117,7 +121,7 @@ class Contender:
 
     def _line(self) -> bytes:
         """The next whole line of the process; nothing where it ended before."""
-        pipe, limit = self.process.stdout.fileno(), self.spec.limit
+        pipe, limit = self.answers.fileno(), self.spec.limit
         end = None if limit is None else time.monotonic() + limit
         while b"\n" not in self._answers:
             left = None if end is None else max(0.0, end - time.monotonic())
@@ -174,7 +178,7 @@ class Bench:
                 let(contender, contender.start)
             for _ in range(rounds):
                 for contender in list(running):
-                    let(contender, lambda c=contender: c.turn(seconds))
+                    let(contender, functools.partial(contender.turn, seconds))
             return running
 
     def _goes_on(self, contender: Contender, action: Callable[[], None]) -> bool:

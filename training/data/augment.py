@@ -104,7 +104,8 @@ def trivial_augment(picture: Image.Image, rng: np.random.Generator) -> Image.Ima
     if name == "posterize":
         return ImageOps.posterize(picture, 8 - round(6 * share))
     if name == "solarize":
-        return ImageOps.solarize(picture, 256 * (1 - share))
+        threshold: Any = 256 * (1 - share)  # Pillow only compares with it.
+        return ImageOps.solarize(picture, threshold)
     if name == "auto_contrast":
         return ImageOps.autocontrast(picture)
     if name == "equalize":
@@ -196,9 +197,9 @@ def _batch_layers(config: Config, rng: np.random.Generator) -> list[tuple[Callab
         ]
     if config.erase:
         # The range of areas is Zhong et al.'s, as in torchvision.
-        shape = {"factor": (config.erase, config.erase), "scale": (0.02, 0.33)}
-        makers.append((layers.RandomErasing, {**shape, "fill_value": 127.5, "value_range": (0, 255)}))
-    mixers = [(layers.MixUp, {"alpha": config.mixup})] if config.mixup else []
+        shape: dict[str, Any] = {"factor": (config.erase, config.erase), "scale": (0.02, 0.33), "value_range": (0, 255)}
+        makers.append((layers.RandomErasing, {**shape, "fill_value": 127.5}))
+    mixers: list[tuple[Callable, dict]] = [(layers.MixUp, {"alpha": config.mixup})] if config.mixup else []
     # A pair, since of a single number Keras draws what is below it too.
     mixers += [(layers.CutMix, {"factor": (config.cutmix, config.cutmix)})] if config.cutmix else []
     if mixers:

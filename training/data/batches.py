@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -116,7 +116,7 @@ class Batches(keras.utils.PyDataset):
 
     def stream(
         self, epoch: int = 0, step: int = 0, epochs: int | None = None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """All batches from a place on, for so many epochs or without end, made ahead by threads."""
         return (batch for _, batch in self.numbered_stream(epoch, step, epochs))
 
@@ -147,15 +147,17 @@ class Batches(keras.utils.PyDataset):
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def for_fit(self, epoch: int = 0, step: int = 0, class_weight: dict[int, float] | None = None) -> Any:
-        """The stream as `fit` takes it, together with `steps_per_epoch`.
+    def for_fit(
+        self, batches: Iterator[tuple[np.ndarray, np.ndarray]], class_weight: dict[int, float] | None = None
+    ) -> Any:
+        """Batches of a stream as `fit` takes them, together with `steps_per_epoch`.
 
         With weights of the classes each batch has those of its images too, by their largest label: `fit` takes
         `class_weight` for no generator.
         """
 
         def stream():
-            for images, labels in self.stream(epoch, step):
+            for images, labels in batches:
                 if class_weight is None:
                     yield images, labels
                 else:

@@ -101,7 +101,7 @@ def _size(path):
 class RecordSplit(Split):
     """Records of a TFDS data source, whose images are still encoded."""
 
-    def __init__(self, source: Sequence[dict], image: str, label: str):
+    def __init__(self, source: Any, image: str, label: str):
         self.source = source
         self.image = image
         self.label = label

@@ -107,16 +107,16 @@ class Channel:
             self._lost(peer)
 
     def _receive(self, peer):
-        connection = self._connections[peer]
-        try:
-            while True:
-                (size,) = struct.unpack("<q", _read(connection, 8))
-                if size < 0:
-                    return  # The other side ends in good order.
-                self._received[peer].put(_read(connection, size))
-        except OSError:
-            if not self._closing:
-                self._lost(peer)
+        with self._connections[peer] as connection:
+            try:
+                while True:
+                    (size,) = struct.unpack("<q", _read(connection, 8))
+                    if size < 0:
+                        return  # The other side ends in good order.
+                    self._received[peer].put(_read(connection, size))
+            except OSError:
+                if not self._closing:
+                    self._lost(peer)
 
     def _lost(self, peer):
         # The main thread may wait for the lost one in a collective, where no exception reaches it.
@@ -164,7 +164,7 @@ def _listen(host):
         found = sorted(socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM), key=lambda one: one[0] != socket.AF_INET)
         family, *_, address = found[0]
         # Some machines know their own name as a loopback address, and the others know it as another one.
-        if not ipaddress.ip_address(address[0].partition("%")[0]).is_loopback or _is_loopback(host):
+        if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback or _is_loopback(host):
             return socket.create_server(address, family=family)
     return socket.create_server(("", 0))
 

@@ -1,59 +1,68 @@
 """Progress bars, and what each epoch cost."""
 
 import time
+from collections.abc import Mapping
 
 import keras
 
 from ..data.batches import Batches
 
 
-class Progress(keras.callbacks.Callback):
-    """Keras's progress bar with images/s, and for each epoch its learning rate, seconds and waiting for input.
-
-    It stands before the callbacks that write logs, so that they write its entries too: `learning_rate`, `seconds`
-    (validation included), `images_per_second` and `waiting`, the share of the training's seconds in which it waited for
-    its next batch.
+class Progress:
+    """Keras's progress bar with images/s, and what each epoch cost.
 
     Args:
         batches: what the training reads.
+        model: compiled, for its learning rate.
         epochs: last epoch.
         steps: of an epoch.
     """
 
-    def __init__(self, batches: Batches, epochs: int, steps: int):
-        super().__init__()
+    def __init__(self, batches: Batches, model: keras.Model, epochs: int, steps: int):
         self.batches = batches
+        self.model = model
         self.epochs = epochs
         self.steps = steps
-        self.first = 0
-        """Step at which this start of the run takes up the epoch."""
+        self.epoch = self.first = 0
+        self.start = self.seconds = 0.0
+        self.waited = 0.0
+        self.bar = keras.utils.Progbar(steps)
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self.epoch = epoch
+    def begin(self, epoch: int, first: int) -> None:
+        """An epoch, of which `first` steps are done."""
+        self.epoch, self.first = epoch, first
         print(f"Epoch {epoch + 1}/{self.epochs}", flush=True)
         self.start = time.perf_counter()
         self.waited = self.batches.waited
         self.seconds = 0.0
         self.bar = keras.utils.Progbar(self.steps)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def show(self, done: int, logs: Mapping[str, float]) -> None:
+        """The bar after so many steps; the last one is shown with the epoch's end, when the validation is known."""
         self.seconds = time.perf_counter() - self.start
-        # The last step is shown with the epoch's end, when the validation is known.
-        if batch + 1 < self.steps:
-            self._show(batch + 1, logs)
+        if done < self.steps:
+            self._update(done, logs)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def end(self, logs: Mapping[str, float]) -> dict[str, float]:
+        """Shows the end of an epoch with these logs, and gives what it cost.
+
+        Returns:
+            `images_per_second`; `waiting`, the share of the training's seconds in which it waited for its next batch;
+            `learning_rate`; and `seconds`, validation included.
+        """
         waited = self.batches.waited - self.waited
-        logs["images_per_second"] = self._speed(self.steps)
-        logs["waiting"] = waited / self.seconds if self.seconds else 0.0
-        logs["learning_rate"] = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        logs["seconds"] = time.perf_counter() - self.start
-        shown = {name: value for name, value in logs.items() if name not in ("images_per_second", "seconds")}
-        self._show(self.steps, shown)
-        if left := (self.epochs - epoch - 1) * logs["seconds"]:
+        cost = {
+            "images_per_second": self._speed(self.steps),
+            "waiting": waited / self.seconds if self.seconds else 0.0,
+            "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
+            "seconds": time.perf_counter() - self.start,
+        }
+        self._update(self.steps, {**logs, "waiting": cost["waiting"], "learning_rate": cost["learning_rate"]})
+        if left := (self.epochs - self.epoch - 1) * cost["seconds"]:
             print(f"{duration(left)} left if no epoch is left out", flush=True)
+        return cost
 
-    def _show(self, done, logs):
+    def _update(self, done, logs):
         # Keras's logs are means already.
         self.bar.stateful_metrics = {*logs, "images/s"}
         self.bar.update(done, [*logs.items(), ("images/s", self._speed(done))], finalize=done == self.steps)

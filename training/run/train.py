@@ -4,13 +4,9 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import os
 import platform
-import sys
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,24 +15,23 @@ import keras_mnv2
 
 from .. import files
 from ..config import Config
-from ..data import sets
-from ..data.batches import Batches, evaluation_batches, read_scores, share_unreadable, training_batches
+from ..data.batches import Batches, read_scores, share_unreadable
+from ..data.inputs import Inputs, read
 from ..parallel import engines
 from ..parallel.channel import Channel, connect
 from ..parallel.engines import Engine
-from ..process import status_of
 from ..report import metrics, pictures, summary
 from ..state import run_folder
-from ..state.checkpoints import State
 from ..state.run_folder import Run, write_json
 from ..state.signals import Stop, Stopped
 from . import transfer
-from .callbacks import Diverged
 from .fitting import fit
+from .network import build_model, for_inference
+from .processes import end_at_once, quiet
 from .progress import duration
+from .quantization import SAMPLE, quantize
+from .saving import Diverged, keep_good_weights, trained_weights
 
-# Images on which exported files are compared with the model.
-SAMPLE = 64
 MISTAKES = 24
 # Of Goyal et al. 2017, section 2.2, for a learning rate that was multiplied.
 WARMUP_EPOCHS = 5.0
@@ -73,7 +68,7 @@ def run(config: Config, command: str = "") -> dict:
     with stop.handled():
         try:
             with contextlib.nullcontext() if channel.main else quiet():
-                found = run_with(config, command, engine, channel, stop)
+                found = run_on(engine, channel, stop, config, command)
         except (Exception, Stopped) as error:
             if isinstance(error, Stopped):
                 error.signal = stop.signal or error.signal
@@ -85,7 +80,7 @@ def run(config: Config, command: str = "") -> dict:
     return found
 
 
-def run_with(config: Config, command: str, engine: Engine, channel: Channel, stop: Stop) -> dict:
+def run_on(engine: Engine, channel: Channel, stop: Stop, config: Config, command: str) -> dict:
     """The run on an engine that has started."""
     config = scaled(config, engine)
     complete = run_folder.look(config) if channel.main else None
@@ -99,41 +94,27 @@ def run_with(config: Config, command: str, engine: Engine, channel: Channel, sto
 def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel, stop: Stop) -> dict:
     """The run in the folder that its first process holds."""
     keras.utils.set_random_seed(config.seed)
-    dataset = sets.load(config.dataset, config.image_size, config.data_dir, config.held_out)
-    classes = len(dataset.class_names)
-    train = training_batches(dataset.train, classes, config, channel.share)
-    validation, test = (
-        evaluation_batches(split, classes, config, channel.share) for split in (dataset.validation, dataset.test)
-    )
-    if len(dataset.train) < config.batch_size and engine.replicas > 1:
-        count = len(dataset.train)
+    inputs = read(config, channel.share)
+    count, classes = len(inputs.dataset.train), len(inputs.class_names)
+    if count < config.batch_size and engine.replicas > 1:
         raise ValueError(f"batch_size must be at most the {count} training images, got {config.batch_size}.")
-    channels = train.image_shape[-1]
     size, evaluation_size = config.image_size, config.evaluation_size or config.image_size
     with engine.scope():
-        built = build_model(config, classes, channels, size if size == evaluation_size else None, engine.norm_layer)
+        channels, any_size = inputs.train.image_shape[-1], size != evaluation_size
+        built = build_model(config, classes, channels, None if any_size else size, engine.norm_layer)
     model = engine.trained(built)
-    this = run_folder.open_run(config, engine, channel, stop, dataset)
-    images = " + ".join(f"{len(split):,}" for split in (dataset.train, dataset.validation, dataset.test))
-    print(f"{config.dataset}: {images} images of {classes} classes for training, validation and test")
-    where = f" on {engine.replicas} devices of {channel.of} processes" if engine.replicas > 1 else ""
-    found = f"{model.count_params():,} parameters, results in {this.folder}"
-    print(f"{config.recipe} on {keras.backend.backend()}{where}: {found}", flush=True)
-    class_weight = balanced(dataset.train.labels, classes) if config.class_weights else None
-
+    this = run_folder.open_run(config, engine, channel, stop, inputs.dataset)
+    introduce(this, inputs, model)
     results: dict[str, Any] = {}
-    history: dict[str, list[float]] = {}
     try:
+        # Each phase that has ended is in the checkpoints, and is not done again when the run goes on.
         if config.head_epochs:
-            results |= this.phase(
-                "head", lambda: head_phase(this, model, dataset, train, validation, test, class_weight)
-            )
+            results |= this.phase("head", lambda: transfer.head_phase(this, model, inputs))
         if config.unfreeze_from is not None:
             transfer.freeze(model, config.unfreeze_from)
+        history: dict[str, list[float]] = {}
         if config.epochs:
-            history = this.phase(
-                "history", lambda: fit(this, config, "history", model, train, validation, class_weight)
-            )
+            history = this.phase("history", lambda: fit(this, config, "history", model, inputs))
         fit_seconds = this.phase("fit_seconds", lambda: this.seconds)
         weights = trained_weights(this, model)
         if channel.main:
@@ -142,8 +123,8 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
                 # Before the test: its images may have faults that end the run.
                 with files.beside(this.folder / "model.keras") as part:
                     final.save(part)
-        scores, labels = read_scores(engine.predictor(model), test, channel)
-        for batches in (train, validation):
+        scores, labels = read_scores(engine.predictor(model), inputs.test, channel)
+        for batches in (inputs.train, inputs.validation):
             share_unreadable(batches, channel)
         if not channel.main:
             return {}
@@ -151,13 +132,13 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
         print(f"test accuracy {results['test_accuracy']:.2%} on {len(labels)} images")
         with engine.alone():
             if config.saved_model:
-                sample = test[0][0][:SAMPLE]
-                report = keras_mnv2.export(
-                    final, this.folder / "saved_model", labels=dataset.class_names, sample=sample
+                sample = inputs.test[0][0][:SAMPLE]
+                exported = keras_mnv2.export(
+                    final, this.folder / "saved_model", labels=inputs.class_names, sample=sample
                 )
-                results["saved_model_largest_difference"] = report.largest_difference
+                results["saved_model_largest_difference"] = exported.largest_difference
             if config.quantize_epochs:
-                results |= quantize(this, final, dataset)
+                results |= quantize(this, final, inputs.dataset)
     except Diverged as error:
         with engine.alone():
             raise ValueError(keep_good_weights(this, model, evaluation_size, error)) from error
@@ -165,7 +146,7 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
         "test_images": len(labels),
         "test_top5_accuracy": metrics.top_k(scores, labels, 5),
         "calibration_error": metrics.calibration_error(scores, labels),
-        "unreadable_images": {**train.unreadable, **validation.unreadable, **test.unreadable},
+        "unreadable_images": {**inputs.train.unreadable, **inputs.validation.unreadable, **inputs.test.unreadable},
         "seconds": round(this.seconds, 1),
         "fit_seconds": round(fit_seconds, 1),
         "parameters": model.count_params(),
@@ -177,38 +158,26 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
         results["seconds_per_epoch"] = float(np.median(history["seconds"]))
         results["waiting_for_input"] = float(np.median(history["waiting"]))
         pictures.draw_curves(history, this.folder / "curves.png")
-    for batches in (train, validation, test):
+    for batches in (inputs.train, inputs.validation, inputs.test):
         if told := batches.told():
             print(told)
-    draw(scores, labels, test, dataset.class_names, this.folder)
+    draw(scores, labels, inputs.test, inputs.class_names, this.folder)
     matrix = metrics.confusion_matrix(scores, labels)
-    summary.write(this.folder / "report.md", config, results, history, matrix, dataset.class_names, command)
+    summary.write(this.folder / "report.md", config, results, history, matrix, inputs.class_names, command)
     write_json(this.folder / "metrics.json", results)
     this.checkpoints.remove()
     print(f"{duration(results['seconds'])} in all, results in {this.folder}")
     return results
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Inside, nothing is printed: the first process tells what all do. Errors are."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
-def end_at_once(error: BaseException, channel: Channel) -> NoReturn:
-    """Ends one process of several: what runs when Python ends would wait for the others."""
-    if isinstance(error, Stopped):
-        if error.agreed:
-            channel.close()
-        told, code = str(error) if channel.main else "", 128 + error.signal
-    else:
-        plain = isinstance(error, (ValueError, ImportError, OSError))
-        told, code = (f"{error}", status_of(error)) if plain else ("".join(traceback.format_exception(error)), 1)
-    sys.stdout.flush()
-    if told:
-        print(told, file=sys.stderr, flush=True)
-    os._exit(code)
+def introduce(run: Run, inputs: Inputs, model: keras.Model) -> None:
+    """Prints what is trained on what."""
+    config, data, engine = run.config, inputs.dataset, run.engine
+    images = " + ".join(f"{len(split):,}" for split in (data.train, data.validation, data.test))
+    print(f"{config.dataset}: {images} images of {len(data.class_names)} classes for training, validation and test")
+    where = f" on {engine.replicas} devices of {run.channel.of} processes" if engine.replicas > 1 else ""
+    found = f"{model.count_params():,} parameters, results in {run.folder}"
+    print(f"{config.recipe} on {keras.backend.backend()}{where}: {found}", flush=True)
 
 
 def check_packages(config: Config) -> None:
@@ -227,103 +196,6 @@ def check_packages(config: Config) -> None:
             )
 
 
-def build_model(
-    config: Config, classes: int, channels: int, size: int | None, norm_layer: str = "batch_norm"
-) -> keras.Model:
-    """The recipe's model, which takes raw images of `size` pixels a side, or of any."""
-    return keras_mnv2.MobileNetV2(
-        input_shape=(size, size, channels),
-        alpha=config.alpha,
-        weights=config.weights,
-        classes=classes,
-        inverted_residual_setting=config.stages,
-        stem_stride=config.stem_stride,
-        dropout=config.dropout,
-        norm_layer=norm_layer,
-        include_preprocessing=True,
-        dtype="float32" if config.precision == "float32" else f"mixed_{config.precision}",
-        name=f"mobilenetv2_{config.recipe}",
-    )
-
-
-def head_phase(
-    run: Run,
-    model: keras.Model,
-    dataset: sets.Dataset,
-    train: Batches,
-    validation: Batches,
-    test: Batches,
-    class_weight: dict[int, float] | None,
-) -> dict[str, Any]:
-    """Trains the classifier alone, and gives its seconds and its accuracy on the test images."""
-    config = run.config
-    begun = run.phase("head_begun", lambda: run.seconds)
-    if config.cache_features:
-        ordered = evaluation_batches(dataset.train, train.classes, config, run.channel.share)
-        transfer.train_head(run, model, ordered, validation, class_weight)
-    else:
-        transfer.freeze(model, "predictions")
-        alone = dataclasses.replace(config, learning_rate=config.head_learning_rate, epochs=config.head_epochs)
-        fit(run, alone, "head_history", model, train, validation, class_weight)
-    seconds = run.seconds - begun
-    scores, labels = read_scores(run.engine.predictor(model), test, run.channel)
-    if not run.channel.main:
-        return {}
-    accuracy = metrics.top_k(scores, labels, 1)
-    print(f"head alone: test accuracy {accuracy:.2%}, {duration(seconds)}", flush=True)
-    return {"head_test_accuracy": accuracy, "head_seconds": round(seconds, 1)}
-
-
-def trained_weights(run: Run, model: keras.Model) -> list[np.ndarray]:
-    """The weights after the training, which a checkpoint holds from now on."""
-    state, run.resumed = run.resumed, None
-    if state is None:
-        weights = model.get_weights()
-        if run.channel.main:
-            arrays = {f"weights/{i:04d}": weight for i, weight in enumerate(weights)}
-            run.checkpoints.write(State(arrays, run.place("trained", 0, 0)))
-        return weights
-    if state.place["phase"] != "trained":
-        # Of the quantisation: it has the trained weights beside its own.
-        run.resumed = state
-    weights = state.group("trained" if run.resumed else "weights")
-    model.set_weights(weights)
-    return weights
-
-
-def for_inference(model: keras.Model, size: int, weights: list[np.ndarray] | None = None) -> keras.Model:
-    """The trained network as a model that is not compiled, for images of `size`: no optimiser goes into its file.
-
-    Args:
-        model: that was trained.
-        size: side of the images, in pixels.
-        weights: by default the model's.
-    """
-    config = model.get_config()
-    config["layers"][0]["config"]["batch_shape"] = (None, size, size, model.input.shape[-1])
-    for layer in config["layers"]:
-        if layer["config"].get("norm_layer") == "sync_batch_norm":
-            layer["config"]["norm_layer"] = "batch_norm"
-    # Not `clone_model`, which compiles its copy of a compiled model.
-    final = type(model).from_config(config)
-    final.set_weights(model.get_weights() if weights is None else weights)
-    final.trainable = True
-    return final
-
-
-def keep_good_weights(run: Run, model: keras.Model, size: int, error: Diverged) -> str:
-    """Saves the last good weights as a model, and gives a sentence for the error."""
-    if error.checkpoint is None or not run.channel.main:
-        return str(error)
-    place = error.checkpoint.place
-    if place["phase"] == "quantize_history":
-        return f"{error} {run.folder / 'model.keras'} has the weights before the quantisation."
-    path = run.folder / "last_good.keras"
-    with files.beside(path) as part:
-        for_inference(model, size, error.checkpoint.group("weights")).save(part)
-    return f"{error} The last good weights, after step {place['step']} in epoch {place['epoch'] + 1}, are in {path}."
-
-
 def scaled(config: Config, engine: Engine) -> Config:
     """The settings with the batch and the learning rate of all workers."""
     devices = engine.replicas
@@ -338,53 +210,6 @@ def scaled(config: Config, engine: Engine) -> Config:
     if config.batch_size % devices:
         raise ValueError(f"batch_size must be a multiple of the {devices} devices, got {config.batch_size}.")
     return config
-
-
-def balanced(labels: np.ndarray, classes: int) -> dict[int, float]:
-    """Weights of the classes: the mean number of images of a class over its own."""
-    counts = np.bincount(labels, minlength=classes)
-    return {label: len(labels) / classes / max(1, int(count)) for label, count in enumerate(counts)}
-
-
-def quantize(run: Run, model: keras.Model, dataset: sets.Dataset) -> dict[str, float]:
-    """Writes `model` as LiteRT files in float32, in int8, and in int8 after quantisation-aware training.
-
-    That training runs on one device of the first process, however many there are.
-
-    Returns:
-        The test accuracy of each file, run by LiteRT.
-    """
-    config, classes = run.config, len(dataset.class_names)
-    run = dataclasses.replace(run, engine=engines.alone(), channel=Channel())
-    train = training_batches(dataset.train, classes, config)
-    ordered, validation, test = (
-        evaluation_batches(split, classes, config) for split in (dataset.train, dataset.validation, dataset.test)
-    )
-    # Some hundred images give the ranges of the activations.
-    calibration = np.concatenate([ordered[i][0] for i in range(min(len(ordered), -(-500 // config.batch_size)))])
-    aware = keras_mnv2.quantize_aware(model)
-    again = dataclasses.replace(
-        config,
-        learning_rate=config.quantize_learning_rate,
-        epochs=config.quantize_epochs,
-        schedule="cosine",
-        ema=None,
-        early_stopping=0,
-    )
-    fit(run, again, "quantize_history", aware, train, validation, None, beside=model.get_weights())
-    sample, accuracies = test[0][0][:SAMPLE], {}
-    for name, source, options in (
-        ("float32", model, {}),
-        ("int8", model, {"precision": "int8", "calibration": calibration, "io_dtype": "uint8"}),
-        ("int8_aware", aware, {"precision": "int8", "io_dtype": "uint8"}),
-    ):
-        path = run.folder / f"model_{name}.tflite"
-        keras_mnv2.export(source, path, "litert", sample=sample, **options)
-        read = keras_mnv2.load_export(path)
-        scores, labels = read_scores(lambda images, read=read: next(iter(read(images).values())), test)
-        accuracies[f"{name}_tflite_test_accuracy"] = metrics.top_k(scores, labels, 1)
-        print(f"{path.name}: test accuracy {accuracies[f'{name}_tflite_test_accuracy']:.2%} in LiteRT")
-    return accuracies
 
 
 def draw(scores: np.ndarray, labels: np.ndarray, test: Batches, class_names: tuple[str, ...], run_dir: Path) -> None:

@@ -1,6 +1,9 @@
 """Transfer learning: a new classifier on the features of a frozen network, then the last blocks at a low rate."""
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,9 +11,13 @@ import numpy as np
 import keras_mnv2
 
 from ..data.batches import Batches, read_scores
+from ..data.inputs import Inputs
+from ..report import metrics
 from ..state import checkpoints
 from ..state.checkpoints import State
 from ..state.run_folder import Run
+from .fitting import fit
+from .progress import duration
 
 # Feature vectors a step: they are small, and a step costs its overhead alone.
 HEAD_BATCH = 128
@@ -20,9 +27,7 @@ HEAD_DROPOUT, HEAD_DECAY = 0.5, 0.5
 FEATURE_BATCHES = 64
 
 
-def train_head(
-    run: Run, model: keras.Model, train: Batches, validation: Batches, class_weight: dict[int, float] | None
-) -> dict[str, list[float]]:
+def train_head(run: Run, model: keras.Model, inputs: Inputs) -> dict[str, list[float]]:
     """Trains a classifier on features that are computed once, and puts its weights into `model`.
 
     The workers share the features, and the first one trains.
@@ -30,9 +35,8 @@ def train_head(
     Args:
         run: this run; `head_epochs` and `head_learning_rate` of its config.
         model: of `MobileNetV2`, with its classifier.
-        train: training images in order, as for an evaluation: each gives one feature vector.
-        validation: likewise; the classifier with the least loss on these is kept.
-        class_weight: of each class, or None.
+        inputs: of which each training image gives one feature vector, as it is in an evaluation; the classifier with
+            the least loss on the validation images is kept.
 
     Returns:
         The history, as `fit` gives it; nothing in other processes than the first.
@@ -40,17 +44,15 @@ def train_head(
     with run.engine.scope():
         features = keras_mnv2.fold_batch_norm(keras.Model(model.input, pooled(model)))
     predict = run.engine.predictor(features)
-    pairs = []
-    for name, batches in (("train", train), ("validation", validation)):
-        vectors, labels = features_of(run, name, predict, batches)
-        pairs.append((vectors, keras.utils.to_categorical(labels, batches.classes)))
+    train = features_of(run, "train", predict, inputs.ordered)
+    validation = features_of(run, "validation", predict, inputs.validation)
     history: dict[str, list[float]] = {}
     content = b""
     if run.channel.main:
         with run.engine.alone():
-            kernel, bias, history = _train_classifier(run.config, *pairs, class_weight)
+            kernel, bias, history = _train_classifier(run.config, train, validation, inputs.class_weight)
         content = np.vstack([kernel, bias]).astype("float32").tobytes()
-    rows = np.frombuffer(run.channel.broadcast(content), "float32").reshape(-1, train.classes)
+    rows = np.frombuffer(run.channel.broadcast(content), "float32").reshape(-1, len(inputs.class_names))
     model.get_layer("predictions").set_weights([rows[:-1], rows[-1]])
     return history
 
@@ -63,7 +65,7 @@ def pooled(model: keras.Model) -> keras.KerasTensor:
 def features_of(
     run: Run, name: str, predict: Callable[[np.ndarray], np.ndarray], batches: Batches
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors and labels of all images, as `read_scores` gives them, some batches after the other.
+    """The vectors and one-hot labels of all images, some batches after the other.
 
     What is known is kept beside the checkpoints, so that a run that is stopped here goes on here.
     """
@@ -73,22 +75,23 @@ def features_of(
         run.stop.check()
         path = run.checkpoints.path / f"{name}_features_{start:08d}{checkpoints.SUFFIX}"
         part = _kept_part(run, path) if run.channel.main else None
+        # Only the first process keeps parts, and all read those that are missing.
         if not run.channel.agree(part is not None):
             x, y = read_scores(predict, batches, run.channel, start, min(start + at_once, len(batches)))
             place = {"fingerprint": run.fingerprint, "unreadable": dict(batches.unreadable)}
             part = State({"x": x.astype("float32"), "y": y}, place)
             if run.channel.main:
                 run.checkpoints.write_beside(path, part)
-        if run.channel.main:
+        if part is not None and run.channel.main:
             batches.unreadable |= part.place["unreadable"]
             vectors.append(part.arrays["x"])
             labels.append(part.arrays["y"])
     if not run.channel.main:
-        return np.zeros((0, 0), "float32"), np.zeros(0, "int64")
-    return np.concatenate(vectors), np.concatenate(labels)
+        return np.zeros((0, 0), "float32"), np.zeros((0, batches.classes), "float32")
+    return np.concatenate(vectors), keras.utils.to_categorical(np.concatenate(labels), batches.classes)
 
 
-def _kept_part(run, path):
+def _kept_part(run: Run, path: Path) -> State | None:
     try:
         part = State.decode(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -133,3 +136,22 @@ def freeze(model: keras.Model, unfreeze_from: str) -> None:
         keras_mnv2.freeze(model, before=unfreeze_from)
     except ValueError as error:
         raise ValueError(str(error).replace("before must", "unfreeze_from must", 1)) from None
+
+
+def head_phase(run: Run, model: keras.Model, inputs: Inputs) -> dict[str, Any]:
+    """Trains the classifier alone, and gives its seconds and its accuracy on the test images."""
+    config = run.config
+    begun = run.phase("head_begun", lambda: run.seconds)
+    if config.cache_features:
+        train_head(run, model, inputs)
+    else:
+        freeze(model, "predictions")
+        alone = dataclasses.replace(config, learning_rate=config.head_learning_rate, epochs=config.head_epochs)
+        fit(run, alone, "head_history", model, inputs)
+    seconds = run.seconds - begun
+    scores, labels = read_scores(run.engine.predictor(model), inputs.test, run.channel)
+    if not run.channel.main:
+        return {}
+    accuracy = metrics.top_k(scores, labels, 1)
+    print(f"head alone: test accuracy {accuracy:.2%}, {duration(seconds)}", flush=True)
+    return {"head_test_accuracy": accuracy, "head_seconds": round(seconds, 1)}

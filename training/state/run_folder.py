@@ -20,12 +20,6 @@ from . import lock
 from .checkpoints import Checkpoints, State
 from .signals import Stop
 
-# What may change when a run goes on: none of it changes what is computed.
-FREE = {
-    "checkpoint_seconds", "checkpoint_steps", "data_dir", "dataset", "devices", "keep_checkpoints", "resume", "run_dir",
-    "saved_model", "scale_with_devices", "tensorboard", "workers",
-}  # fmt: skip
-
 
 @dataclasses.dataclass
 class Run:
@@ -66,6 +60,13 @@ class Run:
         own = {"backend": keras.backend.backend(), "seconds": self.seconds, "fingerprint": self.fingerprint}
         return {"phase": phase, "epoch": epoch, "step": step, "done": self.done, **own, **more}
 
+    def taken(self, phase: str) -> State | None:
+        """The checkpoint that the run goes on from, where it is of this phase; once."""
+        if self.resumed is None or self.resumed.place["phase"] != phase:
+            return None
+        state, self.resumed = self.resumed, None
+        return state
+
     def phase(self, name: str, make: Callable[[], Any]) -> Any:
         """What the phase `name` found: of an earlier start, or of `make` now."""
         if name not in self.done:
@@ -89,7 +90,7 @@ def look(config: Config) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"run_dir must be new or the folder of a run to go on, got {str(path)!r}: {error}.") from error
     now = json.loads(_encoded(config))
-    differing = [name for name in now if name not in FREE and now[name] != before.get(name)]
+    differing = [name for name in Config.fixed() if now[name] != before.get(name)]
     if "recipe" in differing:
         raise ValueError(f"{path} holds a run of the recipe {before.get('recipe')!r}, not of {config.recipe!r}.")
     if differing:

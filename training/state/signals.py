@@ -68,6 +68,10 @@ class Stop:
             self.in_time()
             raise Stopped
 
+    def took(self, seconds: float) -> None:
+        """Says how long a step took: a signal in the next one waits for it, however slow they are."""
+        self.grace = max(GRACE, 2 * seconds)
+
     def in_time(self) -> None:
         """Says that the step has ended: now there is time to save."""
         if self._timer is not None:
@@ -88,4 +92,4 @@ class Stop:
     def _give_up(self, why):
         # No buffered print: the main thread may hold the stream.
         os.write(sys.stderr.fileno(), f"\nStopped without saving, since {why}: the last checkpoint holds.\n".encode())
-        os._exit(128 + self.signal)
+        os._exit(128 + (self.signal or signal.SIGTERM))

@@ -128,7 +128,7 @@ def test_fit_reads_the_stream_in_its_order():
     batches.batch = noted
     model = keras.Sequential([keras.Input((8, 8, 1)), Keep(), keras.layers.Dense(3, activation="softmax")])
     model.compile("sgd", "categorical_crossentropy")
-    model.fit(batches.for_fit(), steps_per_epoch=3, epochs=3, verbose=0, shuffle=False)
+    model.fit(batches.for_fit(batches.stream()), steps_per_epoch=3, epochs=3, verbose=0, shuffle=False)
     asked = sorted({place for place in seen if place != (0, 0)} | {(0, 0)})
     assert asked[:9] == list(itertools.product(range(3), range(3)))
 

@@ -15,7 +15,7 @@ import pytest
 from tests import runs
 from tests.conftest import marks, once, once_on
 from tests.helpers import note
-from training.run import callbacks, fitting, train, transfer
+from training.run import fitting, optimizers, train, transfer
 from training.state import checkpoints
 from training.state.checkpoints import Checkpoints
 from training.state.signals import Stopped
@@ -66,16 +66,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(epoch, step, dataset, uninterrupted, 
 @SLOW
 def test_a_run_can_stop_at_every_epochs_validation(dataset, uninterrupted, monkeypatch, tmp_path):
     config = runs.settings(dataset, tmp_path / "run", resume=True, checkpoint_seconds=1e6, **CHANGES)
-    original = callbacks.Validation.on_epoch_end
+    original = fitting.validate
     for epoch in range(3):
 
-        def validate(self, now, logs=None, epoch=epoch):
-            if now == epoch:
-                signal.raise_signal(signal.SIGINT)
-            original(self, now, logs)
+        def validate(*arguments):
+            signal.raise_signal(signal.SIGINT)
+            return original(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(callbacks.Validation, "on_epoch_end", validate)
+            patch.setattr(fitting, "validate", validate)
             with pytest.raises(Stopped, match=f"after step 5 of 5 in epoch {epoch + 1}"):
                 train.run(config)
     train.run(config)
@@ -223,11 +222,10 @@ def test_a_checkpoint_costs_little(dataset, tmp_path):
 
     model = MobileNetV2(weights=None)
     config = runs.settings(dataset, tmp_path, optimizer="adamw")
-    means = fitting.compile_model(model, config, 10)
-    model.optimizer.build(model.trainable_variables)
+    means = optimizers.compile_model(model, config, 10)
     folder = Checkpoints(tmp_path / "checkpoints")
     start = time.perf_counter()
-    state = checkpoints.take(model, callbacks.metrics_variables(means), {})
+    state = checkpoints.take(model, [variable for metric in means for variable in metric.variables], {})
     taken = time.perf_counter()
     path = folder.write(state)
     note("seconds to take the state of MobileNetV2 1.0 with AdamW", taken - start)
@@ -327,14 +325,14 @@ def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(dataset, uninterrupt
 
 @once_on("tensorflow")
 def test_a_vanished_run_folder_ends_in_a_sentence(dataset, monkeypatch, tmp_path):
-    original = callbacks.Safety.on_train_batch_begin
+    original = fitting.Step.on_train_batch_begin
 
     def begin(self, batch, logs=None):
         original(self, batch, logs)
         if batch == 2:
             os.rename(tmp_path / "run", tmp_path / "elsewhere")
 
-    monkeypatch.setattr(callbacks.Safety, "on_train_batch_begin", begin)
+    monkeypatch.setattr(fitting.Step, "on_train_batch_begin", begin)
     with pytest.raises(OSError, match="could not be written: No such file or directory"):
         train.run(runs.settings(dataset, tmp_path / "run", checkpoint_steps=1))
     assert not (tmp_path / "run").exists()

@@ -19,9 +19,10 @@ from training.__main__ import RECIPES, main, repeated
 from training.config import Config
 from training.data import sets
 from training.data.batches import evaluation_batches, read_scores, training_batches
+from training.data.inputs import balanced, read
 from training.parallel import engines
 from training.parallel.channel import Channel
-from training.run import fitting, schedules, train, transfer
+from training.run import optimizers, train, transfer
 from training.run.progress import duration
 from training.state import run_folder
 from training.state.checkpoints import Checkpoints
@@ -128,7 +129,7 @@ def test_the_losses_of_twenty_steps_are_the_same_on_each_backend(recipe):
 @pytest.mark.parametrize("schedule", ["cosine", "exponential", "constant"])
 def test_the_learning_rate_follows_its_formula(schedule, warmup, photographs):
     config = small("paper", photographs, schedule=schedule, warmup_epochs=warmup, learning_rate=0.3, epochs=12)
-    rates = schedules.learning_rates(config, steps_per_epoch=10)
+    rates = optimizers.learning_rates(config, steps_per_epoch=10)
     rise = 10 * warmup
     for step in (0, 1, 7, rise, rise + 9, rise + 10, rise + 35, 119):
         if step < rise:
@@ -148,7 +149,7 @@ def test_weight_decay_is_a_gradient_of_the_kernels_alone(photographs):
         config = small("paper", photographs, weight_decay=decay, optimizer="sgd", learning_rate=0.5)
         model = small_model(dropout=0)
         before = [(variable.name, keras.ops.convert_to_numpy(variable)) for variable in model.trainable_variables]
-        fitting.compile_model(model, config, steps=10)
+        optimizers.compile_model(model, config, steps=10)
         model.train_on_batch(images, labels)
         after[decay] = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
     for (name, start), without, decayed in zip(before, after[0.0], after[0.1], strict=True):
@@ -160,7 +161,7 @@ def test_weight_decay_is_a_gradient_of_the_kernels_alone(photographs):
 def test_the_average_of_the_weights_is_what_is_left(photographs):
     config = small("torchvision", photographs, ema=0.75, learning_rate=0.05, weight_decay=0.0)
     model = small_model()
-    fitting.compile_model(model, config, steps=4)
+    optimizers.compile_model(model, config, steps=4)
     dataset = sets.load(str(photographs), 32)
     batches = training_batches(dataset.train, 3, config)
     seen = []
@@ -171,7 +172,7 @@ def test_the_average_of_the_weights_is_what_is_left(photographs):
         seen.append([keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables])
 
     model.fit(
-        batches.for_fit(),
+        batches.for_fit(batches.stream()),
         steps_per_epoch=4,
         verbose=0,
         shuffle=False,
@@ -194,14 +195,13 @@ def backbone_weights(model):
 
 def test_the_head_gives_the_model_what_it_gave_on_its_features(photographs, weights, tmp_path):
     config = small("transfer", photographs, weights=weights, head_epochs=20, head_learning_rate=0.05)
-    dataset = sets.load(str(photographs), 32)
-    ordered, validation = (evaluation_batches(split, 3, config) for split in (dataset.train, dataset.validation))
+    inputs = dataclasses.replace(read(config), class_weight=balanced(read(config).dataset.train.labels, 3))
     model = train.build_model(config, 3, 3, 32)
     before = backbone_weights(model)
     run = run_folder.Run(config, tmp_path, engines.alone(), Channel(), Stop(), Checkpoints(tmp_path))
-    history = transfer.train_head(run, model, ordered, validation, train.balanced(dataset.train.labels, 3))
+    history = transfer.train_head(run, model, inputs)
     best = int(np.argmin(history["val_loss"]))
-    scores, labels = read_scores(model.predict_on_batch, validation)
+    scores, labels = read_scores(model.predict_on_batch, inputs.validation)
     assert (scores.argmax(1) == labels).mean() == pytest.approx(history["val_accuracy"][best])
     loss = -np.log(scores[np.arange(len(labels)), labels]).mean()
     assert loss == pytest.approx(history["val_loss"][best], rel=1e-3, abs=1e-5)
@@ -277,14 +277,14 @@ def test_class_weights_count_in_the_loss_of_a_step(photographs, tmp_path):
     model = train.build_model(config, 3, 3, 32)
     images, labels = training_batches(dataset.train, 3, config).batch(0, 0)
     scores = keras.ops.convert_to_numpy(model(images, training=True))
-    weights = np.array([train.balanced(dataset.train.labels, 3)[i] for i in labels.argmax(1)])
+    weights = np.array([balanced(dataset.train.labels, 3)[i] for i in labels.argmax(1)])
     losses = -np.log((scores * labels).sum(1))
     assert float(row["loss"]) == pytest.approx((losses * weights).mean(), rel=1e-4)
     assert float(row["loss"]) != pytest.approx(losses.mean(), rel=1e-3)
 
 
 def test_class_weights_are_the_mean_over_the_class():
-    assert train.balanced(np.array([0, 0, 0, 1]), 2) == {0: 4 / 2 / 3, 1: 2.0}
+    assert balanced(np.array([0, 0, 0, 1]), 2) == {0: 4 / 2 / 3, 1: 2.0}
 
 
 def test_a_missing_package_is_named_before_the_training(photographs, monkeypatch, tmp_path):

@@ -10,7 +10,6 @@ from PIL import Image
 
 from tests import runs
 from tests.conftest import once
-from training.config import Config
 from training.data import sets
 from training.parallel import engines
 from training.parallel.channel import Channel
@@ -165,10 +164,6 @@ def test_a_resume_without_a_run_starts_one(folder):
     config = dataclasses.replace(config, run_dir=folder / "new")
     assert train.run(config)["test_images"] == 4
     assert json.loads((folder / "new" / "config.json").read_text())["recipe"] == "cifar10"
-
-
-def test_every_free_field_is_a_field():
-    assert {field.name for field in dataclasses.fields(Config)} >= run_folder.FREE
 
 
 @once

@@ -25,7 +25,7 @@ class JaxEngine(OneDevice):
         keras.distribution.set_distribution(self._distribution)
         mesh = Mesh(np.array(jax.local_devices()), ("batch",))
         self._whole, self._rows = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("batch",)))
-        self._compiled = weakref.WeakKeyDictionary()
+        self._compiled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
     def scope(self):
         return self._distribution.scope()

@@ -26,7 +26,7 @@ class TensorFlowEngine(OneDevice):
     def __init__(self, strategy, config):
         self._strategy = strategy
         self.replicas = strategy.num_replicas_in_sync
-        self._traced = weakref.WeakKeyDictionary()
+        self._traced: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         if config is not None:
             # The chief, where there is one, comes before the workers.
             chiefs, workers = (config["cluster"].get(role, []) for role in ROLES)

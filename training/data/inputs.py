@@ -1,0 +1,67 @@
+"""All that a run reads: its data set, as batches for the training, the validation and the test."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config import Config
+from . import sets
+from .batches import Batches, evaluation_batches, training_batches
+from .sets import Dataset
+
+
+@dataclass
+class Inputs:
+    """What one process of a run reads.
+
+    Attributes:
+        dataset: the three splits.
+        train: in a new order each epoch, and changed at random.
+        ordered: the training images as for an evaluation.
+        validation: in order.
+        test: in order.
+        class_weight: of each class, or None where all count the same.
+    """
+
+    dataset: Dataset
+    train: Batches
+    ordered: Batches
+    validation: Batches
+    test: Batches
+    class_weight: dict[int, float] | None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels."""
+        return self.dataset.class_names
+
+
+def read(config: Config, share: tuple[int, int] = (0, 1)) -> Inputs:
+    """The inputs that the settings ask for.
+
+    Args:
+        config: the settings.
+        share: (number, of) of the process that reads.
+
+    Raises:
+        ValueError: where the data set is none.
+    """
+    dataset = sets.load(config.dataset, config.image_size, config.data_dir, config.held_out)
+    return inputs_of(dataset, config, share)
+
+
+def inputs_of(dataset: Dataset, config: Config, share: tuple[int, int] = (0, 1)) -> Inputs:
+    """The same of a data set that has been read."""
+    classes = len(dataset.class_names)
+    ordered, validation, test = (
+        evaluation_batches(split, classes, config, share) for split in (dataset.train, dataset.validation, dataset.test)
+    )
+    weights = balanced(dataset.train.labels, classes) if config.class_weights else None
+    train = training_batches(dataset.train, classes, config, share)
+    return Inputs(dataset, train, ordered, validation, test, weights)
+
+
+def balanced(labels: np.ndarray, classes: int) -> dict[int, float]:
+    """Weights of the classes: the mean number of images of a class over its own."""
+    counts = np.bincount(labels, minlength=classes)
+    return {label: len(labels) / classes / max(1, int(count)) for label, count in enumerate(counts)}

@@ -2,7 +2,6 @@
 
 import functools
 import struct
-import warnings
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,8 @@ from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import M
 import keras_mnv2
 from keras_mnv2 import decode_predictions, list_weights, preprocess_input, resize_and_crop
 from tests.conftest import ONCE
-from tests.helpers import note, randomise, relative_difference
+from tests.helpers import note, relative_difference
+from tests.twins import enliven
 
 # One record of each library, the ones whose models run end to end below.
 ONE_OF_EACH = (
@@ -359,11 +359,9 @@ def transformers_peer(tmp_path, rng):
 def keras_peer(tmp_path, rng):
     source = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classifier_activation=None)
     x = np.stack([of_keras("mobilenet_v2_0.35_96", photo, tmp_path)[1] for photo in photographs().values()])
-    randomise(source, rng, x)
-    with warnings.catch_warnings():
-        # The form in which Keras publishes its files; Keras 3 advises against it.
-        warnings.simplefilter("ignore")
-        source.save(tmp_path / "model.h5")
+    enliven(source)
+    # The form in which Keras publishes its files.
+    source.save(tmp_path / "model.h5")
     features = source.get_layer("out_relu").output
     whole = keras.Model(source.input, [source.output, source.layers[-2].output, features])
     outputs = dict(zip(("logits", "pooled", "features"), whole.predict(x, verbose=0), strict=True))

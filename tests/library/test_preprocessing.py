@@ -25,8 +25,7 @@ from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import M
 import keras_mnv2
 from keras_mnv2 import decode_predictions, list_weights, preprocess_input, resize_and_crop
 from tests.conftest import ONCE
-from tests.helpers import note, relative_difference
-from tests.twins import enliven
+from tests.helpers import note, randomise, relative_difference
 
 # One record of each library, the ones whose models run end to end below.
 ONE_OF_EACH = (
@@ -359,7 +358,7 @@ def transformers_peer(tmp_path, rng):
 def keras_peer(tmp_path, rng):
     source = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classifier_activation=None)
     x = np.stack([of_keras("mobilenet_v2_0.35_96", photo, tmp_path)[1] for photo in photographs().values()])
-    enliven(source)
+    randomise(source, rng, x)
     # The form in which Keras publishes its files.
     source.save(tmp_path / "model.h5")
     features = source.get_layer("out_relu").output

@@ -552,7 +552,8 @@ def test_files_are_read_as_the_libraries_read_them(mode, suffix, tmp_path):
     for name in ONE_OF_EACH:
         found = resize_and_crop(path, name)
         assert np.array_equal(resize_and_crop(str(path), name), found)
-        assert np.array_equal(resize_and_crop(Image.open(path), name), found)
+        with Image.open(path) as picture:
+            assert np.array_equal(resize_and_crop(picture, name), found)
         for loaded in (pil_loader(path), keras.utils.load_img(path)):
             assert np.array_equal(resize_and_crop(np.asarray(loaded), name), found)
         if mode == "RGBA":

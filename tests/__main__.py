@@ -43,11 +43,19 @@ def main() -> int:
         run("mypy", ["mypy"]),
     ]
     command = ["pytest", "-q", *arguments]
-    with ThreadPoolExecutor(len(BACKENDS)) as pool, tempfile.TemporaryDirectory() as cache:
-        # Tests, and the processes that they start, compile the same programs again and again.
-        compiled = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-        # PyTorch's threads would wait for one another in loops that take the other processes' cores.
-        shared = {**compiled, "OMP_WAIT_POLICY": "PASSIVE"}
+    with ThreadPoolExecutor(len(BACKENDS)) as pool, tempfile.TemporaryDirectory() as scratch:
+        for name in ("jax", "tmp"):
+            os.mkdir(os.path.join(scratch, name))
+        shared = {
+            # Tests, and the processes that they start, compile the same programs again and again.
+            "JAX_COMPILATION_CACHE_DIR": os.path.join(scratch, "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            # PyTorch's threads would wait for one another in loops that take the other processes' cores.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # TFDS leaves folders behind; pytest's own stay where one looks for them.
+            "TMPDIR": os.path.join(scratch, "tmp"),
+            "PYTEST_DEBUG_TEMPROOT": tempfile.gettempdir(),
+        }
         backends = chosen.backend or BACKENDS
         parts += pool.map(lambda backend: run(backend, command, KERAS_BACKEND=backend, **shared), backends)
     print("\n== summary")

@@ -95,10 +95,9 @@ def make_divisible(value: float, divisor: int = 8, min_value: int | None = None)
     Returns:
         The number of channels.
 
-    Example:
-
-    >>> make_divisible(24 * 0.75), make_divisible(16 * 0.35)
-    (24, 8)
+    Examples:
+        >>> make_divisible(24 * 0.75), make_divisible(16 * 0.35)
+        (24, 8)
     """
     rounded = max(min_value or divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
@@ -134,10 +133,9 @@ def plan(
     Raises:
         ValueError: where an argument is out of range; the message names it and what is allowed.
 
-    Example:
-
-    >>> [row.channels for row in plan(alpha=0.35)[:4]]
-    [16, 8, 8, 8]
+    Examples:
+        >>> [row.channels for row in plan(alpha=0.35)[:4]]
+        [16, 8, 8, 8]
     """
     alpha = check_positive("alpha", alpha, MOST_FACTOR)
     depth_multiplier = check_positive("depth_multiplier", depth_multiplier, MOST_FACTOR)
@@ -202,7 +200,7 @@ def _stages(setting: Sequence[Sequence[float]] | None) -> tuple[Stage, ...]:
     for row in setting:
         if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 4:
             raise ValueError(f"{name} must have rows of four numbers (t, c, n, s), got the row {row!r}.")
-        stage = Stage(*row)  # type: ignore[arg-type]
+        stage = Stage(*row)  # type: ignore[arg-type]  # Checked below.
         expansion = check_positive(f"{name}: the expansion t of the row {tuple(row)}", stage.expansion, MOST_FACTOR)
         channels, repeats = (
             check_whole(f"{name}: {letter} of the row {tuple(row)}", value, most=most)

@@ -3,18 +3,19 @@
 import numbers
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
 
 NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+Choice = TypeVar("Choice")
 
 
-def check_positive(name: str, value: Any, most: float = sys.float_info.max) -> Any:
+def check_positive(name: str, value: Any, most: float = sys.float_info.max) -> float:
     """`value` as a number of Python; raises `ValueError` unless it is above 0 and at most `most`."""
     if not _is_number(value) or not 0 < value <= most:
         bound = f", and at most {most}" if most != sys.float_info.max else ""
@@ -31,14 +32,14 @@ def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) 
     return int(value)
 
 
-def check_rate(name: str, value: Any) -> Any:
+def check_rate(name: str, value: Any) -> float:
     """`value` as a number of Python; raises `ValueError` unless it is from 0 up to, and not including, 1."""
     if not _is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a number from 0 up to, and not including, 1, got {value!r}.")
     return _plain(value)
 
 
-def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+def check_choice(name: str, value: Any, allowed: Sequence[Choice]) -> Choice:
     """The one of `allowed` that `value` is; raises `ValueError` where it is none."""
     for choice in allowed:
         same = type(value) is type(choice) or (isinstance(value, numbers.Integral) and isinstance(choice, int))
@@ -54,7 +55,7 @@ def check_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def check_model(name: str, model: Any) -> Any:
+def check_model(name: str, model: Any) -> keras.Model:
     """`model`; raises `ValueError` where it is no Keras model."""
     if not isinstance(model, keras.Model):
         raise ValueError(f"{name} must be a Keras model, got a value of type {type(model).__name__}.")
@@ -68,7 +69,7 @@ def check_path(name: str, path: Any) -> Path:
     return Path(path)
 
 
-def activation_function(name, activation):
+def activation_function(name: str, activation: Any) -> Callable[..., Any]:
     """The function behind a Keras activation's name; an unknown one is a `ValueError` that names `name`."""
     try:
         return keras.activations.get(activation)
@@ -78,7 +79,7 @@ def activation_function(name, activation):
         ) from None
 
 
-def dtype_policy(dtype):
+def dtype_policy(dtype: Any) -> keras.DTypePolicy:
     """The dtype policy that `dtype` names, or Keras's setting where it is None.
 
     Raises:
@@ -98,7 +99,7 @@ def dtype_policy(dtype):
     return policy
 
 
-def data_format_name(data_format):
+def data_format_name(data_format: str | None) -> str:
     """`data_format`, or Keras's setting where it is None."""
     if data_format is None:
         return keras.config.image_data_format()
@@ -106,7 +107,7 @@ def data_format_name(data_format):
     return data_format
 
 
-def is_plain_batch_norm(norm, data_format):
+def is_plain_batch_norm(norm: Any, data_format: str) -> bool:
     """Whether `norm` is a batch norm over the channels with scale and shift, whose formula is that of the paper."""
     channels = -1 if data_format == "channels_last" else 1
     return (
@@ -120,7 +121,7 @@ def is_plain_batch_norm(norm, data_format):
     )
 
 
-def norm_config(norm_layer):
+def norm_config(norm_layer: Any) -> str | dict[str, Any] | None:
     """The form in which a layer keeps `norm_layer`: None, a name, or a serialised prototype.
 
     Raises:
@@ -153,7 +154,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _plain(value):
+def _plain(value: Any) -> int | float:
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value)

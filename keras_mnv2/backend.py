@@ -23,10 +23,9 @@ def other_backend(environment: Mapping[str, str]) -> str | None:
     Raises:
         ImportError: where `KERAS_BACKEND` names one that is not installed, or none is.
 
-    Example:
-
-    >>> other_backend({"KERAS_BACKEND": "numpy"}) is None  # Keras's own affair.
-    True
+    Examples:
+        >>> other_backend({"KERAS_BACKEND": "numpy"}) is None  # Keras's own affair.
+        True
     """
     installed = [name for name in BACKENDS if importlib.util.find_spec(name) is not None]
     named = environment.get("KERAS_BACKEND")
@@ -40,7 +39,7 @@ def other_backend(environment: Mapping[str, str]) -> str | None:
     return installed[0]
 
 
-def _configured(environment):
+def _configured(environment: Mapping[str, str]) -> str:
     """What Keras's file names."""
     folder = Path(environment.get("KERAS_HOME") or Path("~").expanduser() / ".keras")
     try:

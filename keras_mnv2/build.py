@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import keras
 
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.architecture import Row
 from keras_mnv2.arguments import activation_function
 from keras_mnv2.initializers import Normal
@@ -26,13 +27,13 @@ def feature_names(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def apply_rows(
-    x: Any,
+    x: Tensor,
     rows: Sequence[Row],
     block: Callable[..., keras.layers.Layer] | None,
     stochastic_depth: float,
     features: Sequence[str] = (),
     **common: Any,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Runs `x` through the rows.
 
     Args:
@@ -85,7 +86,7 @@ def apply_rows(
     return x, {name: tensors[name if name.endswith("_expand") else sources[name]] for name in features}
 
 
-def _made(block, *args, **arguments):
+def _made(block: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
     """The layer that the caller's `block` makes."""
     try:
         layer = block(*args, **arguments)
@@ -114,12 +115,12 @@ _ENDS = {
 }
 
 
-def _names(prefix, part):
+def _names(prefix: str, part: str) -> _Names:
     name = f"{prefix}_{part}" if part else prefix
     return _Names(name, f"{name}_BN", f"{name}_norm", f"{name}_relu", f"{prefix}_pad")
 
 
-def _open_row(x, row, drop, **common):
+def _open_row(x: Tensor, row: Row, drop: float, **common: Any) -> tuple[Tensor, Tensor]:
     """A row as a layer each operation, with the names of `keras.applications`: its output and its expanded input."""
     if row.kind != "block":
         kernel_size = 3 if row.kind == "stem" else 1
@@ -130,15 +131,23 @@ def _open_row(x, row, drop, **common):
     return _open_block(x, row.name, specs, "bottleneck" if row.residual else None, drop, **common)
 
 
-def _open_block(x, name, specs, shortcut, drop, make=None, **common):
+def _open_block(
+    x: Tensor,
+    name: str,
+    specs: Sequence[Convolution],
+    shortcut: str | None,
+    drop: float,
+    make: Callable[..., Any] | None = None,
+    **common: Any,
+) -> tuple[Tensor, Tensor]:
     make = make or (lambda kind, *args, **arguments: kind(*args, **arguments))
     prefix = name if name != "block_0" else "expanded_conv"
     dtype = common["dtype"]
 
-    def part(spec):
+    def part(spec: Convolution) -> Callable[[Tensor], Tensor]:
         return lambda x: _unit(x, spec, _names(prefix, spec.part), make=make, **common)
 
-    def add(shortcut, branch):
+    def add(shortcut: Tensor, branch: Tensor) -> Tensor:
         if drop:
             shape = (None, 1, 1, 1)
             branch = make(keras.layers.Dropout, drop, noise_shape=shape, name=f"{prefix}_drop", dtype=dtype)(branch)
@@ -147,7 +156,7 @@ def _open_block(x, name, specs, shortcut, drop, make=None, **common):
     return join(x, {spec.part: part(spec) for spec in specs}, add, shortcut)
 
 
-def apply_layer(x: Any, layer: keras.layers.Layer, make: Callable[..., Any]) -> Any:
+def apply_layer(x: Tensor, layer: keras.layers.Layer, make: Callable[..., Any]) -> Tensor | tuple[Tensor, Tensor]:
     """A layer of several operations, `ConvNormActivation` or `InvertedResidual`, as layers of one operation each.
 
     Args:
@@ -175,19 +184,19 @@ def apply_layer(x: Any, layer: keras.layers.Layer, make: Callable[..., Any]) -> 
 
 
 def _unit(
-    x,
-    spec,
-    names,
+    x: Tensor,
+    spec: Convolution,
+    names: _Names,
     *,
-    padding,
-    activation,
-    norm_layer,
-    norm_momentum,
-    norm_epsilon,
-    data_format,
-    dtype,
-    make=lambda kind, *args, **arguments: kind(*args, **arguments),
-):
+    padding: str,
+    activation: Callable[..., Any],
+    norm_layer: str | dict[str, Any] | None,
+    norm_momentum: float,
+    norm_epsilon: float,
+    data_format: str,
+    dtype: keras.DTypePolicy,
+    make: Callable[..., Any] = lambda kind, *args, **arguments: kind(*args, **arguments),
+) -> Tensor:
     """A convolution with its padding, normalisation and activation."""
     own = {"data_format": data_format, "dtype": dtype}
     # keras.applications' head has Keras's default, which for a kernel of one pixel is the same.
@@ -226,7 +235,14 @@ def _unit(
     return make(keras.layers.Activation, activation, name=names.activation, dtype=dtype)(x)
 
 
-def classify(x: Any, classes: int, dropout: float, activation: Any, data_format: str, policy: keras.DTypePolicy) -> Any:
+def classify(
+    x: Tensor,
+    classes: int,
+    dropout: float,
+    activation: str | Callable[..., Any] | None,
+    data_format: str,
+    policy: keras.DTypePolicy,
+) -> Tensor:
     """Pooling, dropout and the classifier, as torchvision's and Keras's top.
 
     In mixed precision the classifier computes in float32, so that the softmax and the loss are exact.

@@ -8,7 +8,7 @@ import importlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -64,18 +64,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="keras-mnv2", description="MobileNetV2 for Keras 3, from the command line.")
     parser.add_argument("--version", action="version", version=f"keras_mnv2 {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def add(name, run, about):
+    def add(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
         command.add_argument("--json", action="store_true", help="machine-readable output")
         command.set_defaults(run=run)
         return command
 
-    def add_weights(command):
+    def add_weights(command: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--weights",
             default="imagenet",
@@ -117,7 +117,7 @@ def _parser():
     return parser
 
 
-def _train(words):
+def _train(words: Sequence[str]) -> int:
     """The training's own command, whose arguments its settings are."""
     try:
         # In a checkout the training lies beside this package, and brings its name `training`.
@@ -131,14 +131,14 @@ def _train(words):
     return 0
 
 
-def _version():
+def _version() -> str:
     try:
         return metadata.version("keras_mnv2")
     except metadata.PackageNotFoundError:
         return "(not installed)"
 
 
-def _predict(options):
+def _predict(options: argparse.Namespace) -> None:
     check_whole("--top", options.top)
     for image in options.images:
         if not Path(image).is_file():
@@ -166,7 +166,7 @@ class _Guess:
     probability: float
 
 
-def _best(scores, top):
+def _best(scores: np.ndarray, top: int) -> list[list[_Guess]]:
     if scores.shape[1] in IMAGENET:
         names = [("", "background"), *imagenet_labels()][-scores.shape[1] :]
     else:
@@ -178,7 +178,7 @@ def _best(scores, top):
     ]
 
 
-def _evaluate(options):
+def _evaluate(options: argparse.Namespace) -> None:
     # The folder first, then its names: their mistakes show before a download.
     data = evaluation_data(options.folder, batch_size=options.batch_size)
     network = _choose(options)
@@ -212,7 +212,7 @@ def _evaluate(options):
     print(_table(("images", "top-1", "top-5", "images/s"), rows, right=range(4)))
 
 
-def _class_indices(names, width):
+def _class_indices(names: Sequence[str], width: int) -> np.ndarray:
     """The network's class of each folder, by its WordNet id or name, or by its place among others than ImageNet's."""
     if width not in IMAGENET:
         if len(names) != width:
@@ -236,7 +236,7 @@ def _class_indices(names, width):
     return np.array(indices)
 
 
-def _read_ahead(data):
+def _read_ahead(data: keras.utils.PyDataset) -> Iterator[tuple[np.ndarray, ...]]:
     """The batches in order; the next ones are read while the network has one."""
     with ThreadPoolExecutor(READERS) as readers:
         waiting = collections.deque(readers.submit(data.__getitem__, i) for i in range(min(READERS, len(data))))
@@ -257,7 +257,7 @@ class _Network:
     build: Callable[[], Callable[[np.ndarray], np.ndarray]]
 
 
-def _choose(options) -> _Network:
+def _choose(options: argparse.Namespace) -> _Network:
     """What the options say of a network; a checkpoint of the table is downloaded only when it is built."""
     weights, alpha = options.weights, options.alpha
     if weights.endswith(".keras") and Path(weights).is_file():
@@ -278,14 +278,14 @@ def _choose(options) -> _Network:
     if not classes:
         raise ValueError(f"--weights must have a classifier, which {weights!r} has not.")
 
-    def build():
+    def build() -> Callable[[np.ndarray], np.ndarray]:
         with contextlib.redirect_stdout(sys.stderr):
             return _scoring(MobileNetV2(weights=weights, alpha=alpha, include_preprocessing=True))
 
     return _Network(how, False, classes, build)
 
 
-def _whole_model(path):
+def _whole_model(path: str) -> _Network:
     model = _load_model(path)
     given = model.output_shape
     how, scales = _input_of(model)
@@ -294,7 +294,7 @@ def _whole_model(path):
     return _Network(how, not scales, given[1], lambda: _scoring(model))
 
 
-def _load_model(path):
+def _load_model(path: str) -> keras.Model:
     try:
         with open_hdf5(Path(path)):
             pass  # It leads to no other file, and claims no more than it has.
@@ -303,7 +303,7 @@ def _load_model(path):
         raise ValueError(f"The file {path!r} cannot be loaded as a model: {str(error).splitlines()[0]}") from error
 
 
-def _input_of(model):
+def _input_of(model: keras.Model) -> tuple[Preprocessing, bool]:
     """How photographs become the model's input, and whether it scales the pixels itself."""
     taken = model.input_shape
     if len(taken) != 4 or 3 not in (taken[1], taken[-1]):
@@ -312,11 +312,11 @@ def _input_of(model):
     return Preprocessing(int(size / 0.875), size), scales_pixels(model)
 
 
-def _scoring(model):
+def _scoring(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     channels_first = model.input_shape[-1] != 3
     logits = getattr(model.layers[-1], "activation", None) is keras.activations.linear
 
-    def score(x):
+    def score(x: np.ndarray) -> np.ndarray:
         scores = model.predict_on_batch(np.moveaxis(x, -1, 1) if channels_first else x).astype("float32")
         if logits:
             scores = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -326,7 +326,7 @@ def _scoring(model):
     return score
 
 
-def _export(options):
+def _export(options: argparse.Namespace) -> None:
     suffixes = {how.suffix: name for name, how in FORMATS.items()}
     path = Path(options.path)
     format = options.format or suffixes.get(path.suffix, suffixes[""])
@@ -356,7 +356,7 @@ def _export(options):
     print(json.dumps({**dataclasses.asdict(report), "path": str(path)}, indent=2) if options.json else report)
 
 
-def _calibration(folder, model, how):
+def _calibration(folder: str, model: keras.Model, how: Preprocessing | None) -> np.ndarray:
     """Photographs from anywhere below a folder, evenly chosen, as the model takes them."""
     paths = images_below(folder) if Path(folder).is_dir() else []
     if not paths:
@@ -369,7 +369,7 @@ def _calibration(folder, model, how):
     return np.moveaxis(images, -1, 1) if model.input_shape[-1] != 3 else images
 
 
-def _weights(options):
+def _weights(options: argparse.Namespace) -> None:
     found = list_weights(options.pattern)
     if not found:
         raise ValueError(f"No published checkpoint has a name like {options.pattern!r}.")
@@ -394,7 +394,7 @@ def _weights(options):
     print(f"\n{len(found)} checkpoints; accuracies in percent, as published.")
 
 
-def _profile(options):
+def _profile(options: argparse.Namespace) -> None:
     shape = (options.size, options.size, 3)
     profile = cost_profile(shape, alpha=options.alpha, print_fn=None if options.json else print)
     if not options.json:
@@ -406,7 +406,7 @@ def _profile(options):
     print(json.dumps({**totals, "rows": [dataclasses.asdict(row) for row in profile.rows]}, indent=2))
 
 
-def _table(head, rows, right=()):
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> str:
     """Rows as text in columns; those whose numbers are in `right` are flush right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [

@@ -147,11 +147,10 @@ def cost_profile(
     Raises:
         ValueError: on an argument out of range.
 
-    Example:
-
-    >>> profile = cost_profile(print_fn=None)
-    >>> profile.parameters, profile.multiply_adds
-    (3504872, 300774272)
+    Examples:
+        >>> profile = cost_profile(print_fn=None)
+        >>> profile.parameters, profile.multiply_adds
+        (3504872, 300774272)
     """
     if isinstance(input_shape, str) or not isinstance(input_shape, Sequence) or len(input_shape) != 3:
         raise ValueError(f"input_shape must be (height, width, channels), got {input_shape!r}.")

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mnv2.annotations import PathLike
 from keras_mnv2.arguments import check_whole
 from keras_mnv2.folders import class_folders
 from keras_mnv2.preprocessing import MOST_SIDE, preprocessing_of, resize_and_crop
@@ -19,16 +20,26 @@ LARGEST_LABEL = 2**31 - 1
 class _Photographs(keras.utils.PyDataset):
     """Batch `i` holds images `i * batch_size` and on, whatever was asked for before."""
 
-    def __init__(self, images, labels, how, size, batch_size, normalize, class_names, workers):
+    def __init__(
+        self,
+        images: Any,
+        labels: Any,
+        how: Preprocessing,
+        size: int | None,
+        batch_size: int,
+        normalize: bool,
+        class_names: list[str] | None,
+        workers: int,
+    ) -> None:
         super().__init__(workers=workers)
         self.images, self.labels, self.class_names = images, labels, class_names
         self.paths = None if isinstance(images, np.ndarray) else images
         self.how, self.size, self.batch_size, self.normalize = how, size, batch_size, normalize
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
         if not 0 <= index < len(self):
             raise IndexError(f"index must be from 0 to {len(self) - 1}, got {index!r}.")
         rows = slice(index * self.batch_size, (index + 1) * self.batch_size)
@@ -40,7 +51,7 @@ class _Photographs(keras.utils.PyDataset):
 
 
 def evaluation_data(
-    images: str | os.PathLike | Sequence[Any] | np.ndarray,
+    images: PathLike | Sequence[Any] | np.ndarray,
     labels: Sequence[int] | np.ndarray | None = None,
     weights: str | Checkpoint | Preprocessing | None = None,
     batch_size: int = 32,
@@ -70,11 +81,10 @@ def evaluation_data(
             or of another number and, while it is read, on a file that is no image.
         FileNotFoundError: while it is read, where there is no such file.
 
-    Example:
-
-    >>> data = evaluation_data(np.zeros((5, 40, 60, 3), "uint8"), weights="timm/mobilenetv2_100.ra_in1k", batch_size=4)
-    >>> len(data), data[1][0].shape
-    (2, (1, 224, 224, 3))
+    Examples:
+        >>> data = evaluation_data(np.zeros((5, 40, 60, 3), "uint8"), weights="torchvision/IMAGENET1K_V2", batch_size=4)
+        >>> len(data), data[1][0].shape
+        (2, (1, 224, 224, 3))
     """
     batch_size = check_whole("batch_size", batch_size)
     workers = check_whole("workers", workers)
@@ -91,7 +101,7 @@ def evaluation_data(
             raise ValueError(str(error).replace("folder must", "images must", 1)) from None
     if not isinstance(images, np.ndarray) or images.dtype.kind in "OU":
         try:
-            images = list(images)  # type: ignore[arg-type]
+            images = list(images)
         except TypeError:
             raise ValueError(
                 "images must be a folder, a sequence of paths or an array of bytes (number, height, width, 3), "
@@ -110,7 +120,7 @@ def evaluation_data(
     return _Photographs(images, labels, how, size, batch_size, normalize, class_names, workers)
 
 
-def _whole_labels(labels, count):
+def _whole_labels(labels: Any, count: int) -> np.ndarray:
     """Labels as an array of int32."""
     array = np.asarray(labels)
     if not array.shape:

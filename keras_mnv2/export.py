@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_mnv2.annotations import PathLike, Tensor
 from keras_mnv2.arguments import check_choice, check_flag, check_path
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, runtimes
@@ -95,7 +96,7 @@ class ExportReport:
     top1_agreement: float | None
     size: int
 
-    def __str__(self):
+    def __str__(self) -> str:
         words = [
             f"{self.path}: {self.size / 1e6:.2f} MB, on {self.images} images largest difference "
             f"{self.largest_difference:.2g}, mean absolute error {self.mean_absolute_error:.2g}"
@@ -107,15 +108,15 @@ class ExportReport:
 
 def export(
     model: keras.Model,
-    path: str | os.PathLike,
+    path: PathLike,
     format: str = "tf_saved_model",
     *,
     precision: str = "float32",
-    calibration: Any = None,
+    calibration: Tensor | None = None,
     io_dtype: str = "int8",
     fold: bool | None = None,
     labels: Sequence[str] | str | None = None,
-    sample: Any = None,
+    sample: Tensor | None = None,
     overwrite: bool = False,
     verbose: bool = True,
 ) -> ExportReport:
@@ -134,14 +135,14 @@ def export(
             backend, to predict or to train on.
         precision: `"float32"`; with `format="litert"` also `"float16"` (weights of 16 bits), `"dynamic_int8"` (weights
             of 8 bits) or `"int8"` (whole numbers alone). A model of `quantize_aware` has `"int8"` there.
-        calibration: for `precision="int8"`, images (n, *model.input_shape[1:]) as the model takes them: the ranges of
+        calibration: for `precision="int8"`, images `(n, *model.input_shape[1:])` as the model takes them: the ranges of
             its activations are those that these give. Some hundred are enough. A model of `quantize_aware` has ranges
             of its own.
         io_dtype: for `precision="int8"`, the type of input and output, `"int8"` or `"uint8"`.
         fold: whether to fold the batch norms into the kernels (`fold_batch_norm`) first; by default for each format
             but `"keras"`.
         labels: for a SavedModel, the names of the classes, or `"imagenet"`: an asset, one name a line.
-        sample: images to compare on, (batch, *model.input_shape[1:]); by default up to 64 of `calibration`, or four
+        sample: images to compare on, `(batch, *model.input_shape[1:])`; by default up to 64 of `calibration`, or four
             random ones.
         overwrite: whether a file or SavedModel that is at `path` may be replaced.
         verbose: whether to print the report.
@@ -156,11 +157,10 @@ def export(
         RuntimeError: where a conversion fails, or the outputs differ by more than the precision accounts for (float32:
             1e-4 of the largest output); nothing is left under `path`.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> export(model, "mobilenet", verbose=False).largest_difference < 1e-4
-    True
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> export(model, "mobilenet", verbose=False).largest_difference < 1e-4
+        True
     """
     check_choice("format", format, tuple(FORMATS))
     path = check_path("path", path)
@@ -185,8 +185,8 @@ def export(
         target = folder / "result" / path.name
         target.parent.mkdir()
         if format in converters.CONVERTERS:
-            options = {"input_name": input_name(model), "output_names": output_names(source), "precision": precision}
-            options |= {"io_dtype": io_dtype, "quantized": quantized}
+            options: dict[str, Any] = {"input_name": input_name(model), "output_names": output_names(source)}
+            options |= {"precision": precision, "io_dtype": io_dtype, "quantized": quantized}
             if calibration is not None:
                 np.save(folder / "calibration.npy", calibration)
                 options["calibration"] = str(folder / "calibration.npy")
@@ -204,7 +204,9 @@ def export(
     return report
 
 
-def _check(model, path, format, precision, calibration, io_dtype, overwrite):
+def _check(
+    model: keras.Model, path: Path, format: str, precision: str, calibration: Any, io_dtype: str, overwrite: bool
+) -> bool:
     """Checks the arguments that go together, and says whether the model has ranges of its own."""
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ValueError(f"model must be a built Keras model, got {model!r}.")
@@ -231,7 +233,7 @@ def _check(model, path, format, precision, calibration, io_dtype, overwrite):
     return quantized
 
 
-def _labels(model, format, labels):
+def _labels(model: keras.Model, format: str, labels: Sequence[str] | str | None) -> list[str] | None:
     if labels is None:
         return None
     if format != "tf_saved_model":
@@ -248,7 +250,7 @@ def _labels(model, format, labels):
     return list(names)
 
 
-def _images(model, name, given):
+def _images(model: keras.Model, name: str, given: Any) -> np.ndarray:
     """`given` as an array in the model's type, with a shape that it takes."""
     expected = model.inputs[0].shape[1:]
     images = np.asarray(given, model.inputs[0].dtype)
@@ -260,7 +262,7 @@ def _images(model, name, given):
     return images
 
 
-def _sample(model, sample, calibration):
+def _sample(model: keras.Model, sample: Any, calibration: np.ndarray | None) -> np.ndarray:
     if sample is None and calibration is not None:
         return calibration[:64]
     if sample is None:
@@ -269,7 +271,7 @@ def _sample(model, sample, calibration):
     return _images(model, "sample", sample)
 
 
-def _require(format):
+def _require(format: str) -> None:
     missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(
@@ -278,22 +280,22 @@ def _require(format):
         )
 
 
-def _folded(model):
+def _folded(model: keras.Model) -> keras.Model:
     try:
         return fold_batch_norm(model)
     except ValueError as error:
         raise ValueError(f"{error} With fold=False the model is exported as it is.") from error
 
 
-def _computes_in_16_bits(model):
+def _computes_in_16_bits(model: keras.Model) -> bool:
     return any(getattr(layer, "compute_dtype", "") in ("float16", "bfloat16") for layer in layers_of(model))
 
 
-def _in_float32(model):
+def _in_float32(model: keras.Model) -> keras.Model:
     """A copy that computes in float32: most runtimes have no other convolutions on a CPU."""
     pairs = []
 
-    def clone(layer):
+    def clone(layer: Any) -> Any:
         config = layer.get_config()
         if getattr(layer, "compute_dtype", "") in ("float16", "bfloat16"):
             config["dtype"] = "float32"
@@ -307,7 +309,7 @@ def _in_float32(model):
     return copy
 
 
-def _convert(model, folder, format, target, options):
+def _convert(model: keras.Model, folder: Path, format: str, target: Path, options: str) -> None:
     """Writes the model's graph and converts it: in two steps here, or both in a child with the right backend."""
     graph = folder / ("graph.pt2" if FORMATS[format].backend == "torch" else "graph")
     if not _is_active(format):
@@ -317,7 +319,7 @@ def _convert(model, folder, format, target, options):
     _run(converters.__file__, format, graph, target, options)
 
 
-def _write(model, path, format, labels=None):
+def _write(model: keras.Model, path: Path, format: str, labels: list[str] | None = None) -> None:
     try:
         if FORMATS[format].backend == "torch":
             write_exported_program(model, path)
@@ -329,7 +331,9 @@ def _write(model, path, format, labels=None):
         raise RuntimeError(f"The export failed: {type(error).__name__}: {lines[0]}") from error
 
 
-def _cross_over(model, folder, format, graph, labels, *conversion):
+def _cross_over(
+    model: keras.Model, folder: Path, format: str, graph: Path, labels: list[str] | None, *conversion: Any
+) -> None:
     """Writes the model's graph, and converts it where `conversion` asks for it, in a child with the right backend."""
     backend = FORMATS[format].backend
     own = {type(layer) for layer in layers_of(model)}
@@ -345,13 +349,13 @@ def _cross_over(model, folder, format, graph, labels, *conversion):
     _run("-m", graphs.__name__, format, folder / "model.keras", graph, about, *conversion, backend=backend)
 
 
-def _is_active(format):
+def _is_active(format: str) -> bool:
     """Whether this process can write the format's graph. A program of PyTorch keeps the device it was traced on."""
     backend = keras.backend.backend()
     return backend == FORMATS[format].backend and not (backend == "torch" and sys.modules["torch"].cuda.is_available())
 
 
-def _run(*arguments, backend="tensorflow"):
+def _run(*arguments: Any, backend: str = "tensorflow") -> None:
     """Runs Python with these arguments; what goes wrong in it is one sentence."""
     # A child that needs no accelerator: the parent may hold all of its memory.
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
@@ -364,13 +368,22 @@ def _run(*arguments, backend="tensorflow"):
         raise RuntimeError(f"The export failed in its own process: {_cause(lines)}")
 
 
-def _cause(lines):
+def _cause(lines: list[str]) -> str:
     """The line that names an exception, the last that starts as one does; or the last line."""
     errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
     return (errors or lines)[-1][:500]
 
 
-def _compare(model, target, images, folder, path, format, precision, quantized):
+def _compare(
+    model: keras.Model,
+    target: Path,
+    images: np.ndarray,
+    folder: Path,
+    path: Path,
+    format: str,
+    precision: str,
+    quantized: bool,
+) -> ExportReport:
     """Runs the file in its own runtime, at two batch sizes, and reports how its outputs differ."""
     batches = [images, images[:1] if len(images) > 1 else np.repeat(images, 2, axis=0)]
     np.savez(folder / "images.npz", *batches)
@@ -409,11 +422,11 @@ def _compare(model, target, images, folder, path, format, precision, quantized):
     return ExportReport(path, format, precision, len(images), largest, mean, agreement, size)
 
 
-def _numpy(outputs):
+def _numpy(outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: keras.ops.convert_to_numpy(y) for name, y in outputs.items()}
 
 
-def _shapes(outputs):
+def _shapes(outputs: dict[str, np.ndarray]) -> str:
     return ", ".join(f"{name.partition('/')[2]} {y.shape}" for name, y in outputs.items() if name.startswith("0/"))
 
 
@@ -422,10 +435,10 @@ class _Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def _cleaned_up():
+def _cleaned_up() -> Iterator[None]:
     """Inside, SIGTERM first raises, so that no scratch folder and no child stays, and then ends the process."""
 
-    def terminate(number, frame):
+    def terminate(number: int, frame: Any) -> None:
         raise _Terminated
 
     main = threading.current_thread() is threading.main_thread()
@@ -443,7 +456,7 @@ def _cleaned_up():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _move(folder, path, scratch, overwrite):
+def _move(folder: Path, path: Path, scratch: Path, overwrite: bool) -> None:
     """Gives the results their final names, the named one last; where that fails, all is as it was before.
 
     What they replace goes when the scratch folder does.
@@ -462,7 +475,7 @@ def _move(folder, path, scratch, overwrite):
         undo.pop_all()
 
 
-def _rename_to_new(result, final):
+def _rename_to_new(result: Path, final: Path) -> None:
     """Renames, but never over something; what else writes there may have got the name in the meantime."""
     try:
         if result.is_dir():

@@ -6,9 +6,10 @@ import keras
 import numpy as np
 
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
+from keras_mnv2.layers.fusing import Group
 from keras_mnv2.layers.parts import Conv2D, DepthwiseConv2D
 from keras_mnv2.quantize import RANGE, QuantizedConvNormActivation, QuantizedInvertedResidual
-from keras_mnv2.rewrite import rewrite
+from keras_mnv2.rewrite import Merged, rewrite
 
 _CONVOLUTIONS = (ConvNormActivation, QuantizedConvNormActivation)
 _BLOCKS = (InvertedResidual, QuantizedInvertedResidual)
@@ -41,12 +42,11 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
         ValueError: where `model` is not a built functional or sequential model, or a layer holds a batch
             norm that is not reached: one of the caller's own layers, or a wrapper around a model.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> folded = fold_batch_norm(model)
-    >>> len(model.non_trainable_weights), len(folded.non_trainable_weights)
-    (104, 0)
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> folded = fold_batch_norm(model)
+        >>> len(model.non_trainable_weights), len(folded.non_trainable_weights)
+        (104, 0)
     """
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ValueError(f"model must be a built functional or sequential Keras model, got {model!r}.")
@@ -62,7 +62,7 @@ def fold_batch_norm(model: keras.Model) -> keras.Model:
     return folded
 
 
-def _with_bias(unit):
+def _with_bias(unit: Group) -> Merged | None:
     """The convolution of a unit with a bias, which takes in its batch norm."""
     kind: Any = _FOLDED.get(type(unit.conv))
     if kind is None or not _is_batch_norm_of_channels(unit.norm, unit.conv.data_format):
@@ -70,7 +70,7 @@ def _with_bias(unit):
     return kind.from_config({**unit.conv.get_config(), "use_bias": True}), (unit.norm,)
 
 
-def _without_batch_norm(layer):
+def _without_batch_norm(layer: Any) -> Any:
     """A new layer like `layer`, or an operation like it, with other layers in the place of batch norms."""
     config = layer.get_config()
     if type(layer) in _CONVOLUTIONS and _is_batch_norm_of_channels(layer.norm, layer.data_format):
@@ -89,16 +89,16 @@ def _without_batch_norm(layer):
     return type(layer).from_config(config)
 
 
-def _is_batch_norm(layer):
+def _is_batch_norm(layer: Any) -> bool:
     return isinstance(layer, keras.layers.BatchNormalization) and type(layer).__module__.startswith("keras")
 
 
-def _is_batch_norm_of_channels(norm, data_format):
+def _is_batch_norm_of_channels(norm: Any, data_format: str) -> bool:
     channels = -1 if data_format == "channels_last" else 1
     return _is_batch_norm(norm) and norm.axis in (channels, channels % 4)
 
 
-def _copy_weights(layer, copy):
+def _copy_weights(layer: Any, copy: Any) -> None:
     if type(layer) in _CONVOLUTIONS and copy.norm_layer != layer.norm_layer:
         _fold(layer, copy)
         _copy_ranges(layer, copy)
@@ -120,7 +120,7 @@ def _copy_weights(layer, copy):
         copy.load_own_variables({key: keras.ops.convert_to_numpy(value) for key, value in store.items()})
 
 
-def _fold(conv, copy):
+def _fold(conv: Any, copy: Any) -> None:
     if type(conv) is QuantizedConvNormActivation:
         # By the layer's own arithmetic: a last bit more or less would round some weights to another level.
         kernel, bias = conv.folded(conv.norm.moving_mean.value, conv.norm.moving_variance.value)
@@ -131,22 +131,22 @@ def _fold(conv, copy):
     copy.bias.assign(bias)
 
 
-def _folded(norm, kernel, bias, depthwise):
+def _folded(norm: Any, kernel: np.ndarray, bias: Any, depthwise: bool) -> tuple[np.ndarray, np.ndarray]:
     scale, shift = _scale_and_shift(norm)
     # The scale runs along the last axis of a dense kernel, and the one before in a depthwise one.
     return kernel * (scale[:, None] if depthwise else scale), shift + bias * scale
 
 
-def _copy_ranges(layer, copy):
+def _copy_ranges(layer: Any, copy: Any) -> None:
     ranges = [[weight for weight in one.weights if weight.name in RANGE] for one in (layer, copy)]
     for source, target in zip(*ranges, strict=True):
         target.assign(keras.ops.convert_to_numpy(source))
 
 
-def _scale_and_shift(norm):
+def _scale_and_shift(norm: Any) -> tuple[np.ndarray, np.ndarray]:
     """A batch norm in inference as `x * scale + shift`, in float64."""
 
-    def number(variable, absent):
+    def number(variable: Any, absent: Any) -> Any:
         return absent if variable is None else keras.ops.convert_to_numpy(variable).astype("float64")
 
     scale = number(norm.gamma, 1.0) / np.sqrt(number(norm.moving_variance, None) + norm.epsilon)

@@ -8,7 +8,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 def class_folders(
-    folder: str | os.PathLike, class_names: Sequence[str] | None = None
+    folder: str | os.PathLike[str], class_names: Sequence[str] | None = None
 ) -> tuple[list[Path], list[int], tuple[str, ...]]:
     """Finds the images of a folder of class folders, as evaluation and training read it.
 
@@ -26,15 +26,14 @@ def class_folders(
     Raises:
         ValueError: on a folder that does not exist, without class folders or images, or of other classes.
 
-    Example:
-
-    >>> import pathlib
-    >>> for name in ("dog", "cat"):
-    ...     pathlib.Path("pets", name).mkdir(parents=True)
-    ...     pathlib.Path("pets", name, "1.jpg").touch()
-    >>> paths, labels, names = class_folders("pets")
-    >>> [path.as_posix() for path in paths], labels, names
-    (['pets/cat/1.jpg', 'pets/dog/1.jpg'], [0, 1], ('cat', 'dog'))
+    Examples:
+        >>> import pathlib
+        >>> for name in ("dog", "cat"):
+        ...     pathlib.Path("pets", name).mkdir(parents=True)
+        ...     pathlib.Path("pets", name, "1.jpg").touch()
+        >>> paths, labels, names = class_folders("pets")
+        >>> [path.as_posix() for path in paths], labels, names
+        (['pets/cat/1.jpg', 'pets/dog/1.jpg'], [0, 1], ('cat', 'dog'))
     """
     if not isinstance(folder, str | os.PathLike) or not isinstance(os.fspath(folder), str):
         raise ValueError(f"folder must be a path, got {folder!r}.")
@@ -65,7 +64,7 @@ def class_folders(
     return paths, labels, names
 
 
-def _are_names(names):
+def _are_names(names: object) -> bool:
     return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
@@ -82,5 +81,5 @@ def images_below(folder: str | os.PathLike[str]) -> list[Path]:
     return sorted(found)
 
 
-def _fail(error):
+def _fail(error: OSError) -> None:
     raise error

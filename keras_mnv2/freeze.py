@@ -1,6 +1,6 @@
 """Layers that do not train: up to a block, and the batch norms everywhere."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -38,12 +38,11 @@ def freeze(model: keras.Model, before: str | None = None, norms: bool = True, ve
     Raises:
         ValueError: on another kind of argument, or where there is no such block or layer.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> freeze(model, before="block_16")
-    100 of 105 layers with weights are frozen, 52 normalisations among them; block_16 and what follows train.
-    100
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> freeze(model, before="block_16")
+        100 of 105 layers with weights are frozen, 52 normalisations among them; block_16 and what follows train.
+        100
     """
     norms, verbose = check_flag("norms", norms), check_flag("verbose", verbose)
     if not (before is None or isinstance(before, str)):
@@ -75,14 +74,13 @@ def unfreeze(model: keras.Model, norms: bool = False, verbose: bool = True) -> i
     Returns:
         How many layers with weights are frozen.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> freeze(model, verbose=False)
-    105
-    >>> unfreeze(model, norms=True)
-    0 of 105 layers with weights are frozen.
-    0
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> freeze(model, verbose=False)
+        105
+        >>> unfreeze(model, norms=True)
+        0 of 105 layers with weights are frozen.
+        0
     """
     norms, verbose = check_flag("norms", norms), check_flag("verbose", verbose)
     leaves = list(_leaves(check_model("model", model)))
@@ -110,13 +108,13 @@ def _leaves(model: Any) -> Iterator[Any]:
             yield layer
 
 
-def _thaw(model):
+def _thaw(model: keras.Model) -> None:
     # On TensorFlow Keras 3.15 passes the same value on to no layer; so another one first.
     model.trainable = False
     model.trainable = True
 
 
-def _parts(layer):
+def _parts(layer: Any) -> list[Any]:
     """The layers that hold a layer's weights: itself, or the parts of a block."""
     if isinstance(layer, ConvNormActivation | InvertedResidual):
         inner = [part for name, part in layer._parts().items() if not name.endswith("kernel")]
@@ -124,7 +122,7 @@ def _parts(layer):
     return [layer] if layer.weights else []
 
 
-def _index(leaves, before):
+def _index(leaves: Sequence[Any], before: str) -> int:
     for number, layer in enumerate(leaves):
         for name in (before, *_ALIASES.get(before, ())):
             block = name.removeprefix("block_").isdigit() or name == "expanded_conv"
@@ -135,7 +133,7 @@ def _index(leaves, before):
     raise ValueError(f"before must be None, {known}the name of a layer of the model, got {before!r}.")
 
 
-def _count(leaves):
+def _count(leaves: Sequence[Any]) -> tuple[int, int, int]:
     parts = [part for layer in leaves for part in _parts(layer)]
     frozen = [part for part in parts if not part.trainable]
     return len(parts), len(frozen), sum(isinstance(part, _NORMS) for part in frozen)

@@ -1,9 +1,12 @@
 """Initial weights, drawn by NumPy."""
 
 import random
+from typing import Any
 
 import keras
 import numpy as np
+
+from keras_mnv2.annotations import Shape, Tensor
 
 
 @keras.saving.register_keras_serializable("keras_mnv2")
@@ -18,20 +21,19 @@ class Normal(keras.initializers.Initializer):
         seed: a whole number for the same numbers at each call. None takes the seed from Python's
             generator, which `keras.utils.set_random_seed` sets, as Keras's initializers do.
 
-    Example:
-
-    >>> tuple(Normal(0.01, seed=1)((2, 3)).shape)
-    (2, 3)
+    Examples:
+        >>> tuple(Normal(0.01, seed=1)((2, 3)).shape)
+        (2, 3)
     """
 
-    def __init__(self, stddev, seed=None):
+    def __init__(self, stddev: float, seed: int | None = None) -> None:
         self.stddev = stddev
         self.seed = seed
 
-    def __call__(self, shape, dtype=None):
+    def __call__(self, shape: Shape, dtype: Any = None) -> Tensor:
         seed = random.randint(0, 2**31) if self.seed is None else self.seed
         draw = np.random.default_rng(seed).standard_normal(shape, np.float32)
         return keras.ops.convert_to_tensor(draw * np.float32(self.stddev), dtype=dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"stddev": self.stddev, "seed": self.seed}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
-from keras_mnv2.architecture import MOST_CHANNELS, plan
+from keras_mnv2.annotations import PathLike, Shape, Tensor
+from keras_mnv2.architecture import MOST_CHANNELS, Row, plan
 from keras_mnv2.arguments import (
     activation_function,
     check_choice,
@@ -23,13 +23,13 @@ from keras_mnv2.arguments import (
 )
 from keras_mnv2.build import apply_rows, classify, feature_names
 from keras_mnv2.cost import MOST_PARAMETERS, check_size
-from keras_mnv2.layers.compact import NORM_EPSILON, NORM_MOMENTUM, InvertedResidual
+from keras_mnv2.layers.compact import NORM_EPSILON, NORM_MOMENTUM, InvertedResidual, NormLayer
 from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.ops.padding import PADDINGS
 from keras_mnv2.preprocessing import MOST_SIDE, preprocessing_layer
 from keras_mnv2.weights.load import load_source
 from keras_mnv2.weights.rename import LAYOUTS
-from keras_mnv2.weights.source import check_channels, checkpoint_of, classes_of, read_source
+from keras_mnv2.weights.source import Source, check_channels, checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import HALF, Checkpoint, imagenet_checkpoint
 from keras_mnv2.weights.widths import settings_of
 
@@ -48,22 +48,22 @@ def MobileNetV2(
     input_shape: tuple[int | None, ...] | None = None,
     alpha: float | None = None,
     include_top: bool = True,
-    weights: str | os.PathLike | None = "imagenet",
-    input_tensor: Any = None,
+    weights: PathLike | None = "imagenet",
+    input_tensor: Tensor | None = None,
     pooling: str | None = None,
     classes: int | None = None,
-    classifier_activation: str | Callable | None = "softmax",
+    classifier_activation: str | Callable[..., Any] | None = "softmax",
     name: str | None = None,
     *,
     averaged: bool | None = None,
     inverted_residual_setting: Sequence[Sequence[float]] | None = None,
     round_nearest: int = 8,
     block: Callable[..., keras.layers.Layer] | None = None,
-    norm_layer: Any = "batch_norm",
+    norm_layer: NormLayer = "batch_norm",
     dropout: float = 0.2,
     depth_multiplier: float | None = None,
     fix_stem_head: bool | None = None,
-    activation: str | Callable | None = "relu6",
+    activation: str | Callable[..., Any] | None = "relu6",
     padding: str | None = None,
     norm_momentum: float | None = None,
     norm_epsilon: float | None = None,
@@ -143,11 +143,10 @@ def MobileNetV2(
             not fit; the message names it, its value and what is allowed.
         ConnectionError: where a checkpoint cannot be downloaded; it names the address and where to put the file.
 
-    Example:
-
-    >>> model = MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
-    >>> tuple(model(np.zeros((2, 96, 96, 3))).shape)
-    (2, 10)
+    Examples:
+        >>> model = MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+        >>> tuple(model(np.zeros((2, 96, 96, 3))).shape)
+        (2, 10)
     """
     data_format = data_format_name(data_format)
     include_top = check_flag("include_top", include_top)
@@ -239,7 +238,15 @@ def MobileNetV2(
     return model
 
 
-def _weights(weights, averaged, given, sides, include_top, setting, round_nearest):
+def _weights(
+    weights: Any,
+    averaged: bool | None,
+    given: dict[str, Any],
+    sides: Shape,
+    include_top: bool,
+    setting: Sequence[Sequence[float]] | None,
+    round_nearest: int,
+) -> tuple[Checkpoint | Source | None, dict[str, Any]]:
     """What to load, a published checkpoint or a file that was read, and the settings that come with it."""
     if weights is None:
         return None, {**DEFAULTS, **_not_none(given)}
@@ -269,11 +276,11 @@ def _weights(weights, averaged, given, sides, include_top, setting, round_neares
     return checkpoint, {name: getattr(checkpoint, name) for name in DEFAULTS}
 
 
-def _not_none(given):
+def _not_none(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _known_sides(input_shape, input_tensor, data_format):
+def _known_sides(input_shape: Shape | None, input_tensor: Tensor | None, data_format: str) -> Shape:
     """(height, width) as far as given; `_image_input` checks the shape as a whole."""
     shape = input_shape if input_tensor is None else getattr(input_tensor, "shape", (None,))[1:]
     if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) != 3:
@@ -281,7 +288,9 @@ def _known_sides(input_shape, input_tensor, data_format):
     return tuple(shape[:2] if data_format == "channels_last" else shape[1:])
 
 
-def _image_input(input_shape, input_tensor, side, data_format):
+def _image_input(
+    input_shape: Shape | None, input_tensor: Tensor | None, side: int | None, data_format: str
+) -> keras.KerasTensor:
     if input_tensor is not None:
         if not keras.backend.is_keras_tensor(input_tensor):
             raise ValueError(f"input_tensor must be a Keras tensor, got a value of type {type(input_tensor).__name__}.")
@@ -297,7 +306,7 @@ def _image_input(input_shape, input_tensor, side, data_format):
     return keras.Input(_check_image_shape("input_shape", input_shape, data_format))
 
 
-def _check_image_shape(name, shape, data_format):
+def _check_image_shape(name: str, shape: Any, data_format: str) -> Shape:
     """`shape` as a tuple of Python's integers and None."""
     layout = "(height, width, channels)" if data_format == "channels_last" else "(channels, height, width)"
     if isinstance(shape, str) or not isinstance(shape, Sequence) or len(shape) != 3:
@@ -314,7 +323,9 @@ def _check_image_shape(name, shape, data_format):
     return (*sides, channels) if data_format == "channels_last" else (channels, *sides)
 
 
-def _check_features(features, rows, include_top, pooling):
+def _check_features(
+    features: bool | Sequence[str], rows: Sequence[Row], include_top: bool, pooling: str | None
+) -> tuple[str, ...]:
     if features is False:
         return ()
     names = feature_names(rows)

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_mnv2 import ops
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.layers.fusing import Plan
 
 
@@ -22,8 +23,8 @@ class MobileNetV2Model(keras.Model):
     for some images at a time where `ops` finds that faster.
     """
 
-    def call(self, inputs, training=None, mask=None):
-        def run(x):
+    def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        def run(x: Tensor) -> Any:
             plan = self._plan_of_now()
             if plan is None or mask is not None or len(x.shape) != len(self.inputs[0].shape):
                 return super(MobileNetV2Model, self).call(x, training=training, mask=mask)
@@ -39,7 +40,7 @@ class MobileNetV2Model(keras.Model):
         # At alpha 1.0 the widest tensor, the expansion of block_1, has eight times the numbers of the image.
         return ops.network_in_chunks(run, inputs, 8 * math.prod(inputs.shape[1:]))
 
-    def train_step(self, *args, **kwargs):
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """As Keras's; on PyTorch the list of weights, which a step asks for several times, is made once."""
         if keras.backend.backend() != "torch":
             return super().train_step(*args, **kwargs)
@@ -50,7 +51,7 @@ class MobileNetV2Model(keras.Model):
         finally:
             self.__dict__.pop("_weights_of_step", None)
 
-    def _should_torch_compile(self):
+    def _should_torch_compile(self) -> bool:
         if not super()._should_torch_compile():
             return False
         if self._plan_of_now() is not None:
@@ -66,12 +67,12 @@ class MobileNetV2Model(keras.Model):
         return False
 
     @property
-    def trainable_weights(self):
+    def trainable_weights(self) -> list[keras.Variable]:
         """As in `keras.Model`."""
         found = self.__dict__.get("_weights_of_step")
         return super().trainable_weights if found is None else found
 
-    def _track_variables(self):
+    def _track_variables(self) -> None:
         # `train_on_batch` would have PyTorch's parameters collected anew at each call.
         variables = self.variables
         known = self.__dict__.get("_tracked_variables", ())
@@ -79,12 +80,12 @@ class MobileNetV2Model(keras.Model):
             super()._track_variables()
             self.__dict__["_tracked_variables"] = variables
 
-    def predict(self, *args, **kwargs):
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
         """As `keras.Model.predict`; a dict of outputs keeps its order, which some backends sort."""
         found = super().predict(*args, **kwargs)
         return {name: found[name] for name in self.output} if isinstance(self.output, dict) else found
 
-    def _plan_of_now(self) -> Any:
+    def _plan_of_now(self) -> Plan | None:
         """How to run it as a whole, or None where it must run layer by layer."""
         if not hasattr(self, "_plan"):
             self._plan = Plan.read(self)

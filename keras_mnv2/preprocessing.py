@@ -5,21 +5,23 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import keras
 import numpy as np
 from PIL import Image
 
+from keras_mnv2.annotations import PathLike, Tensor
 from keras_mnv2.arguments import check_whole, data_format_name
 from keras_mnv2.weights.table import HALF, Checkpoint, Preprocessing, find_checkpoint, imagenet_checkpoint
 
 # Pixels of a side; JPEG files have no more.
 MOST_SIDE = 2**16
+Photograph = PathLike | BinaryIO | Image.Image | np.ndarray
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def preprocess_input(x: Any, data_format: str | None = None, weights: str | Checkpoint | None = None) -> Any:
+def preprocess_input(x: Tensor, data_format: str | None = None, weights: str | Checkpoint | None = None) -> Tensor:
     """Scales pixels from 0..255 to what a checkpoint expects; by default -1..1, as Keras's do.
 
     The same signature as `keras.applications.mobilenet_v2.preprocess_input`, and `weights` besides; the
@@ -40,10 +42,9 @@ def preprocess_input(x: Any, data_format: str | None = None, weights: str | Chec
         ValueError: on an unknown checkpoint or data format, or images that are not RGB where the mean of each
             channel is subtracted.
 
-    Example:
-
-    >>> tuple(preprocess_input(np.array([[[[0, 127.5, 255]]]])).shape)
-    (1, 1, 1, 3)
+    Examples:
+        >>> tuple(preprocess_input(np.array([[[[0, 127.5, 255]]]])).shape)
+        (1, 1, 1, 3)
     """
     how = preprocessing_of(weights)
     channels_last = data_format_name(data_format) == "channels_last"
@@ -65,12 +66,12 @@ def preprocess_input(x: Any, data_format: str | None = None, weights: str | Chec
     return (x / 255 - _like(mean, x)) / _like(std, x)
 
 
-def _module_of(x):
+def _module_of(x: object) -> str:
     """The library that a tensor is of: whatever the backend, tf.data hands out TensorFlow's."""
     return type(x).__module__.partition(".")[0]
 
 
-def _cast(x, dtype):
+def _cast(x: Tensor, dtype: str) -> Tensor:
     if isinstance(x, np.ndarray):
         return x.astype(dtype)
     module = _module_of(x)
@@ -81,7 +82,7 @@ def _cast(x, dtype):
     return keras.ops.cast(x, dtype)
 
 
-def _like(array, x):
+def _like(array: np.ndarray, x: Tensor) -> Tensor:
     """An array of NumPy as a tensor of the library and type of `x`."""
     module = _module_of(x)
     if module == "tensorflow":
@@ -125,7 +126,7 @@ def preprocessing_of(weights: str | Checkpoint | Preprocessing | None) -> Prepro
 
 
 def resize_and_crop(
-    image: Any, weights: str | Checkpoint | Preprocessing | None = None, size: int | None = None
+    image: Photograph, weights: str | Checkpoint | Preprocessing | None = None, size: int | None = None
 ) -> np.ndarray:
     """Resizes a photograph and cuts its centre out, as the checkpoint's library does for evaluation.
 
@@ -148,10 +149,9 @@ def resize_and_crop(
             range (32-bit), or a file that is no image.
         FileNotFoundError: where there is no such file.
 
-    Example:
-
-    >>> resize_and_crop(np.zeros((300, 400, 3), "uint8"), "torchvision/IMAGENET1K_V2").shape
-    (224, 224, 3)
+    Examples:
+        >>> resize_and_crop(np.zeros((300, 400, 3), "uint8"), "torchvision/IMAGENET1K_V2").shape
+        (224, 224, 3)
     """
     how = preprocessing_of(weights)
     crop = how.crop
@@ -175,7 +175,7 @@ def resize_and_crop(
     return np.array(picture.crop((left, top, left + crop, top + crop)))
 
 
-def load_image(image: Any) -> Image.Image:
+def load_image(image: Photograph) -> Image.Image:
     """Reads a photograph as RGB, whatever its file's mode, as `resize_and_crop` does.
 
     Args:
@@ -189,17 +189,17 @@ def load_image(image: Any) -> Image.Image:
         ValueError: on an array of another shape or type, pixels of unknown range (32-bit), or a file that is no image.
         FileNotFoundError: where there is no such file.
 
-    Example:
-
-    >>> load_image(np.zeros((300, 400), "uint8")).mode
-    'RGB'
+    Examples:
+        >>> load_image(np.zeros((300, 400), "uint8")).mode
+        'RGB'
     """
     is_path = isinstance(image, str | os.PathLike)
     if is_path or hasattr(image, "read"):
-        if is_path and not Path(image).is_file():
+        file: Any = image
+        if is_path and not Path(file).is_file():
             raise FileNotFoundError(f"There is no image at {str(image)!r}.")
         try:
-            with Image.open(image) as picture:
+            with Image.open(file) as picture:
                 return _to_rgb(picture)
         # Pillow's readers raise SyntaxError, RuntimeError and others on broken files.
         except Exception as error:
@@ -217,7 +217,7 @@ def load_image(image: Any) -> Image.Image:
     return Image.fromarray(array).convert("RGB")
 
 
-def _to_rgb(picture):
+def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I;16"):
         # Pillow's conversion would clip to 255 and leave a white image.
         picture = Image.fromarray((np.asarray(picture) >> 8).astype("uint8"))
@@ -236,7 +236,7 @@ def imagenet_labels() -> tuple[tuple[str, str], ...]:
     return tuple((wnid, name) for wnid, name in (line.split("\t") for line in lines))
 
 
-def decode_predictions(preds: Any, top: int = 5) -> list[list[tuple[str, str, float]]]:
+def decode_predictions(preds: Tensor, top: int = 5) -> list[list[tuple[str, str, float]]]:
     """The best classes of ImageNet by name, as `keras.applications.mobilenet_v2.decode_predictions` gives them.
 
     Args:
@@ -250,12 +250,11 @@ def decode_predictions(preds: Any, top: int = 5) -> list[list[tuple[str, str, fl
     Raises:
         ValueError: on another shape, NaN or values that are no real numbers, or a `top` out of range.
 
-    Example:
-
-    >>> scores = np.zeros((1, 1000))
-    >>> scores[0, 283] = 1
-    >>> decode_predictions(scores, top=1)[0][0][:2]
-    ('n02123394', 'Persian_cat')
+    Examples:
+        >>> scores = np.zeros((1, 1000))
+        >>> scores[0, 283] = 1
+        >>> decode_predictions(scores, top=1)[0][0][:2]
+        ('n02123394', 'Persian_cat')
     """
     scores = keras.ops.convert_to_numpy(preds)
     try:

@@ -1,16 +1,18 @@
 """Quantisation-aware training: a model that computes with the rounding of 8-bit integers, and learns with it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_mnv2 import ops
+from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.arguments import check_choice, check_rate, is_plain_batch_norm
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
-from keras_mnv2.layers.fusing import Part, role_of
+from keras_mnv2.layers.fusing import Group, Part, role_of
 from keras_mnv2.ops.padding import spatial_padding
-from keras_mnv2.rewrite import layers_of, rewrite, same_input
+from keras_mnv2.rewrite import Merged, layers_of, rewrite, same_input
 
 # Signed weights without -128, so that they are symmetric (Jacob et al. 2018, section 3.1).
 WEIGHT_LEVELS = 127
@@ -74,12 +76,11 @@ def quantize_aware(model: keras.Model) -> keras.Model:
     Raises:
         ValueError: where `model` is not such a model; the message names the layer that cannot be quantised.
 
-    Example:
-
-    >>> model = quantize_aware(MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10))
-    >>> model.compile("sgd", "sparse_categorical_crossentropy")  # And then `model.fit(images, labels)`.
-    >>> model.layers[1].name
-    'input_range'
+    Examples:
+        >>> model = quantize_aware(MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10))
+        >>> model.compile("sgd", "sparse_categorical_crossentropy")  # And then `model.fit(images, labels)`.
+        >>> model.layers[1].name
+        'input_range'
     """
     if not isinstance(model, keras.Model) or len(getattr(model, "inputs", None) or ()) != 1:
         raise ValueError(f"model must be a built functional or sequential Keras model with one input, got {model!r}.")
@@ -94,7 +95,7 @@ def quantize_aware(model: keras.Model) -> keras.Model:
     image = same_input(model.inputs[0])
     rounded = FakeQuantize(name="input_range")(image)
 
-    def call(layer, *args, **kwargs):
+    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
         return layer(*(rounded if x is image else x for x in args), **kwargs)
 
     quantized, pairs, merged = rewrite(model, _quantized, _quantized_unit, _like(model.input, image), call)
@@ -110,14 +111,14 @@ def is_quantized(model: keras.Model) -> bool:
     return any(isinstance(layer, FakeQuantize | QuantizedConvNormActivation) for layer in layers_of(model))
 
 
-def _like(structure, tensor):
+def _like(structure: Any, tensor: Tensor) -> Any:
     """`tensor` in the structure of a model's one input: itself, a list or a dict."""
     if isinstance(structure, dict):
         return dict.fromkeys(structure, tensor)
     return type(structure)([tensor]) if isinstance(structure, list | tuple) else tensor
 
 
-def _quantized_unit(unit):
+def _quantized_unit(unit: Group) -> Merged | None:
     """A convolution with its batch norm and activation as one layer, which folds and rounds."""
     conv, norm = unit.conv, unit.norm
     _check_policy(conv)
@@ -147,11 +148,11 @@ def _quantized_unit(unit):
     return new, left_out
 
 
-def _frozen_parts(conv, norm):
+def _frozen_parts(conv: Any, norm: Any) -> list[str]:
     return [*["kernel"] * (not conv.trainable), *["norm"] * (norm is not None and not norm.trainable)]
 
 
-def _padding_of(unit):
+def _padding_of(unit: Group) -> tuple[str, tuple]:
     """The padding of a unit by name, and the layers that its new layer makes superfluous."""
     conv, left_out = unit.conv, [layer for layer in (unit.norm, unit.activation) if layer is not None]
     if unit.pad is None:
@@ -164,7 +165,7 @@ def _padding_of(unit):
     return conv.padding, tuple(left_out)
 
 
-def _activation_of(unit):
+def _activation_of(unit: Group) -> str | Callable[..., Any]:
     layer = unit.activation
     if layer is None:
         return unit.conv.activation
@@ -175,7 +176,7 @@ def _activation_of(unit):
     return "relu6" if layer.max_value == 6 else "relu"
 
 
-def _copy_unit(unit, copy):
+def _copy_unit(unit: Group, copy: Any) -> None:
     for name in ("kernel", "bias"):
         if getattr(copy, name) is not None:
             getattr(copy, name).assign(keras.ops.convert_to_numpy(getattr(unit.conv, name)))
@@ -183,7 +184,7 @@ def _copy_unit(unit, copy):
         getattr(copy.norm, name).assign(keras.ops.convert_to_numpy(getattr(unit.norm, name)))
 
 
-def _stock(kind):
+def _stock(kind: Any) -> Any:
     """Keras's class of a layer of one operation; other classes stay."""
     return (
         next((base for base in kind.__mro__ if base.__module__.startswith("keras.")), kind)
@@ -192,13 +193,13 @@ def _stock(kind):
     )
 
 
-def _check_policy(layer):
+def _check_policy(layer: Any) -> None:
     policy = getattr(layer, "dtype_policy", None)
     if policy is not None and policy.compute_dtype != "float32":
         raise ValueError(f"model must compute in float32 to be quantised, got {policy.name} in {layer.name!r}.")
 
 
-def _quantized(layer):
+def _quantized(layer: Any) -> Any:
     """A new layer that computes what `layer` does, rounded."""
     kinds: dict[Any, Any] = {
         ConvNormActivation: QuantizedConvNormActivation,
@@ -233,7 +234,7 @@ def _quantized(layer):
     )
 
 
-def _copy_weights(layer, copy):
+def _copy_weights(layer: Any, copy: Any) -> None:
     if isinstance(layer, keras.layers.Rescaling):
         copy.scale.assign(np.broadcast_to(layer.scale, copy.scale.shape))
         copy.shift.assign(np.broadcast_to(layer.offset, copy.shift.shape))
@@ -270,15 +271,14 @@ class FakeQuantize(keras.layers.Layer):
     Raises:
         ValueError: on a momentum out of range.
 
-    Example:
-
-    >>> layer = FakeQuantize()
-    >>> y = layer(np.linspace(0, 1, 1000, dtype="float32"), training=True)
-    >>> len(np.unique(keras.ops.convert_to_numpy(y)))
-    256
+    Examples:
+        >>> layer = FakeQuantize()
+        >>> y = layer(np.linspace(0, 1, 1000, dtype="float32"), training=True)
+        >>> len(np.unique(keras.ops.convert_to_numpy(y)))
+        256
     """
 
-    def __init__(self, momentum=RANGE_MOMENTUM, **kwargs):
+    def __init__(self, momentum: float = RANGE_MOMENTUM, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         momentum = check_rate("momentum", momentum)
         self.momentum = momentum
@@ -286,7 +286,7 @@ class FakeQuantize(keras.layers.Layer):
         self.maximum: Any = None
         self.updates: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         self.minimum, self.maximum, self.updates = (
             self.add_weight(
                 name=name, shape=(), initializer=keras.initializers.Constant(value), trainable=False, autocast=False
@@ -294,7 +294,7 @@ class FakeQuantize(keras.layers.Layer):
             for name, value in zip(RANGE, (*INITIAL_RANGE, 0.0), strict=True)
         )
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if training:
             fixed = keras.ops.stop_gradient(inputs)
             keep = keras.ops.where(self.updates > 0, self.momentum, 0.0)
@@ -305,10 +305,10 @@ class FakeQuantize(keras.layers.Layer):
             self.updates.assign(self.updates + 1)
         return ops.fake_quantize(inputs, self.minimum.value, self.maximum.value)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "momentum": self.momentum}
 
 
@@ -320,22 +320,21 @@ class QuantizedConvNormActivation(ConvNormActivation):
     and once with the kernel that these are folded into, rounded. The kernel has a scale for each output channel.
     Arguments, shapes and errors are those of `ConvNormActivation`; `norm_layer` must be `"batch_norm"` or None.
 
-    Example:
-
-    >>> tuple(QuantizedConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
-    (1, 112, 112, 32)
+    Examples:
+        >>> tuple(QuantizedConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
+        (1, 112, 112, 32)
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_choice("norm_layer", self.norm_layer, _NORMS)
         self.output_range = FakeQuantize(name="output_range", dtype=self.dtype_policy)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         self.output_range.build(self.compute_output_shape(input_shape))
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         norm, convolve = self.norm, self._unit.convolve
         if norm is None:
             kernel, bias = self.kernel.value, self.bias.value
@@ -351,11 +350,11 @@ class QuantizedConvNormActivation(ConvNormActivation):
         y = self.activation(convolve(inputs, self._rounded(kernel), bias))
         return self.output_range(y, training=training)
 
-    def folded(self, mean, variance):
+    def folded(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Kernel and bias that compute the convolution and its batch norm with these statistics."""
         return self._unit.folded(self.kernel.value, mean, variance)
 
-    def _rounded(self, kernel):
+    def _rounded(self, kernel: Tensor) -> Tensor:
         # A depthwise kernel has its channels on the axis before the last.
         return _round_weights(kernel, axes=(0, 1, 2) if self.groups == 1 else (0, 1, 3))
 
@@ -366,21 +365,20 @@ class QuantizedInvertedResidual(InvertedResidual):
 
     Arguments, shapes and errors are those of `InvertedResidual`; `norm_layer` must be `"batch_norm"` or None.
 
-    Example:
-
-    >>> tuple(QuantizedInvertedResidual(16)(np.ones((1, 112, 112, 16))).shape)
-    (1, 112, 112, 16)
+    Examples:
+        >>> tuple(QuantizedInvertedResidual(16)(np.ones((1, 112, 112, 16))).shape)
+        (1, 112, 112, 16)
     """
 
     convolution = QuantizedConvNormActivation
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         if self.residual:
             self.sum_range = FakeQuantize(name="sum_range", dtype=self.dtype_policy)
             self.sum_range.build(input_shape)
 
-    def _sum(self, shortcut, branch, training):
+    def _sum(self, shortcut: Tensor, branch: Tensor, training: bool | None) -> Tensor:
         return self.sum_range(shortcut + branch, training=training)
 
 
@@ -391,26 +389,25 @@ class QuantizedDense(keras.layers.Dense):
     The kernel has one scale, since LiteRT's fully connected operation has one. Arguments, shapes and errors are
     those of `Dense`.
 
-    Example:
-
-    >>> tuple(QuantizedDense(10, activation="softmax")(np.ones((2, 1280))).shape)
-    (2, 10)
+    Examples:
+        >>> tuple(QuantizedDense(10, activation="softmax")(np.ones((2, 1280))).shape)
+        (2, 10)
     """
 
-    def __init__(self, units, **kwargs):
+    def __init__(self, units: int, **kwargs: Any) -> None:
         super().__init__(units, **kwargs)
         self.logits_range = FakeQuantize(name="logits_range", dtype=self.dtype_policy)
         linear = self.activation is keras.activations.linear
         self.output_range = None if linear else FakeQuantize(name="output_range", dtype=self.dtype_policy)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         shape = (*input_shape[:-1], self.units)
         self.logits_range.build(shape)
         if self.output_range is not None:
             self.output_range.build(shape)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         y = keras.ops.matmul(inputs, _round_weights(self.kernel, axes=(0, 1)))
         y = self.logits_range(y if self.bias is None else y + self.bias, training=training)
         return y if self.output_range is None else self.output_range(self.activation(y), training=training)
@@ -420,23 +417,22 @@ class QuantizedDense(keras.layers.Dense):
 class QuantizedScaleShift(ScaleShift):
     """`ScaleShift` with its product and its sum rounded to 8 bits.
 
-    Example:
-
-    >>> tuple(QuantizedScaleShift()(np.ones((2, 7, 7, 16))).shape)
-    (2, 7, 7, 16)
+    Examples:
+        >>> tuple(QuantizedScaleShift()(np.ones((2, 7, 7, 16))).shape)
+        (2, 7, 7, 16)
     """
 
-    def __init__(self, axis=-1, **kwargs):
+    def __init__(self, axis: int = -1, **kwargs: Any) -> None:
         super().__init__(axis=axis, **kwargs)
         self.product_range = FakeQuantize(name="product_range", dtype=self.dtype_policy)
         self.output_range = FakeQuantize(name="output_range", dtype=self.dtype_policy)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         self.product_range.build(input_shape)
         self.output_range.build(input_shape)
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         scale, shift = self.factors(inputs)
         y = self.product_range(inputs * _round_weights(scale, axes=None), training=training)
         return self.output_range(y + shift, training=training)
@@ -450,28 +446,27 @@ class QuantizedOutput(keras.layers.Wrapper):
         layer: the layer.
         **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
 
-    Example:
-
-    >>> tuple(QuantizedOutput(keras.layers.GlobalAveragePooling2D())(np.ones((2, 7, 7, 16))).shape)
-    (2, 16)
+    Examples:
+        >>> tuple(QuantizedOutput(keras.layers.GlobalAveragePooling2D())(np.ones((2, 7, 7, 16))).shape)
+        (2, 16)
     """
 
-    def __init__(self, layer, **kwargs):
+    def __init__(self, layer: Any, **kwargs: Any) -> None:
         super().__init__(layer, **kwargs)
         self.output_range = FakeQuantize(name="output_range", dtype=self.dtype_policy)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         super().build(input_shape)
         self.output_range.build(self.layer.compute_output_shape(input_shape))
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         return self.output_range(self.layer(inputs), training=training)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return self.layer.compute_output_shape(input_shape)
 
 
-def _round_weights(weights, axes):
+def _round_weights(weights: Tensor, axes: tuple[int, ...] | None) -> Tensor:
     """Symmetric 8-bit weights with a scale for each index that `axes` leave; the gradient passes as if unrounded."""
     largest = keras.ops.max(keras.ops.abs(weights), axis=axes, keepdims=True)
     scale = keras.ops.maximum(largest, TINY) / WEIGHT_LEVELS

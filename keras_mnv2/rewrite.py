@@ -14,14 +14,14 @@ Merged = tuple[Any, tuple]
 class _Shared(Exception):
     """A convolution was to be merged with a layer that does not follow it each time."""
 
-    def __init__(self, conv):
+    def __init__(self, conv: Any) -> None:
         self.conv = conv
 
 
 class _LeftOut:
     """Stands for a layer that a merged one makes superfluous."""
 
-    def __init__(self, conv):
+    def __init__(self, conv: Any) -> None:
         self.conv = conv
 
 
@@ -32,7 +32,7 @@ def layers_of(model: Any) -> Iterator[Any]:
         yield from layers_of(layer)
 
 
-def same_input(x: Any) -> Any:
+def same_input(x: keras.KerasTensor) -> keras.KerasTensor:
     """A new input of a model like `x`, whose layer has the same name: Keras's clone has that of the tensor."""
     name = x._keras_history.operation.name
     return keras.Input(batch_shape=x.shape, dtype=x.dtype, sparse=x.sparse, name=name)
@@ -51,7 +51,7 @@ def units_of(model: keras.Model) -> list[Group]:
     return found
 
 
-def _units_of_graph(model):
+def _units_of_graph(model: keras.Model) -> list[Group]:
     calls: dict[int, Call] = {}
     readers: dict[int, int] = {}
     for layer in model.layers:
@@ -118,19 +118,27 @@ def rewrite(
             shared.add(id(error.conv))
 
 
-def _build(model, clone, merged, left_out, inputs, call, finish):
+def _build(
+    model: keras.Model,
+    clone: Callable[[Any], Any],
+    merged: dict[int, Any],
+    left_out: dict[int, Any],
+    inputs: Any,
+    call: Callable[..., Any],
+    finish: Callable[[Any, Any], Any],
+) -> tuple[keras.Model, list[tuple[Any, Any]], list[tuple[Group, Any]]]:
     pairs: list[tuple[Any, Any]] = []
     # Tensors of a merged convolution, until the layer that it makes superfluous has passed them on.
     open_ends: dict[int, tuple] = {}
 
     cache: dict[int, Any] = {}
 
-    def clone_layer(layer):
+    def clone_layer(layer: Any) -> Any:
         if id(layer) not in cache:
             cache[id(layer)] = new_layer(layer)
         return cache[id(layer)]
 
-    def new_layer(layer):
+    def new_layer(layer: Any) -> Any:
         if id(layer) in merged:
             return merged[id(layer)][1]
         if id(layer) in left_out:
@@ -140,7 +148,7 @@ def _build(model, clone, merged, left_out, inputs, call, finish):
         pairs.append((layer, clone(layer)))
         return pairs[-1][1]
 
-    def clone_model(model, inputs=None):
+    def clone_model(model: keras.Model, inputs: Any = None) -> Any:
         # In a sequential model layers are listed, not called: there none can be left out.
         how = {} if isinstance(model, keras.Sequential) else {"call_function": call_layer}
         if how and inputs is None:
@@ -156,7 +164,7 @@ def _build(model, clone, merged, left_out, inputs, call, finish):
         for unit, _ in merged.values()
     }
 
-    def call_layer(layer, *args, **kwargs):
+    def call_layer(layer: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, keras.KerasTensor)]
         if isinstance(layer, _LeftOut):
             x = tensors[0]

@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.build import apply_layer
 from keras_mnv2.initializers import Normal
 from keras_mnv2.layers import parts
@@ -42,12 +43,11 @@ def from_keras(model: keras.Model) -> keras.Model:
     Raises:
         ValueError: where `model` is no such model.
 
-    Example:
-
-    >>> theirs = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
-    >>> ours = from_keras(theirs)
-    >>> type(ours.get_layer("block_1_expand")).__module__
-    'keras_mnv2.layers.parts'
+    Examples:
+        >>> theirs = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classes=10)
+        >>> ours = from_keras(theirs)
+        >>> type(ours.get_layer("block_1_expand")).__module__
+        'keras_mnv2.layers.parts'
     """
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ValueError(f"model must be a built functional or sequential Keras model, got {model!r}.")
@@ -57,11 +57,11 @@ def from_keras(model: keras.Model) -> keras.Model:
             f"{model.name!r}, which has none."
         )
 
-    def clone(layer):
+    def clone(layer: Any) -> Any:
         kind = _OURS.get(type(layer)) if _NAMES.fullmatch(layer.name) else None
         return (kind or type(layer)).from_config(layer.get_config())
 
-    def finish(old, new):
+    def finish(old: Any, new: Any) -> Any:
         names = {layer.name for layer in new.layers}
         return _as_class(MobileNetV2Model, new) if type(old) is _functional() and "Conv1" in names else new
 
@@ -80,7 +80,7 @@ def to_stock(model: keras.Model) -> keras.Model:
     if is_quantized(model):
         raise ValueError(f"model must not be quantised for format='keras', got {model.name!r}, which is.")
 
-    def clone(layer):
+    def clone(layer: Any) -> Any:
         if isinstance(layer, ConvNormActivation | InvertedResidual):
             return _Opened(layer)
         config = {key: _stock_initializer(value) for key, value in layer.get_config().items()}
@@ -98,7 +98,7 @@ def to_stock(model: keras.Model) -> keras.Model:
             )
         return kind.from_config(config)
 
-    def finish(old, new):
+    def finish(old: Any, new: Any) -> Any:
         return _as_class(keras.Model, new) if isinstance(old, MobileNetV2Model) else new
 
     new, pairs, _ = rewrite(model, clone, finish=finish)
@@ -119,12 +119,12 @@ def to_stock(model: keras.Model) -> keras.Model:
 class _Opened:
     """A layer of several operations as layers of one operation each, made when it is called."""
 
-    def __init__(self, layer):
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.layers: list[Any] = []
 
-    def __call__(self, x, **kwargs):
-        def make(kind, *args, **arguments):
+    def __call__(self, x: Tensor, **kwargs: Any) -> Any:
+        def make(kind: Any, *args: Any, **arguments: Any) -> Any:
             config = kind(*args, **arguments).get_config()
             stock = _STOCK.get(kind, kind)
             self.layers.append(stock.from_config({key: _stock_initializer(value) for key, value in config.items()}))
@@ -133,10 +133,10 @@ class _Opened:
         return apply_layer(x, self.layer, make)
 
     @property
-    def weights(self):
+    def weights(self) -> list[keras.Variable]:
         return [weight for layer in self.layers for weight in layer.weights]
 
-    def freeze_as(self, layer):
+    def freeze_as(self, layer: Any) -> None:
         frozen = {id(v) for v in layer.weights} - {id(v) for v in layer.trainable_weights}
         pairs = dict(zip(map(id, self.weights), layer.weights, strict=True))
         for new in self.layers:
@@ -145,7 +145,7 @@ class _Opened:
                 new.trainable = False
 
 
-def _copy(layer, copy):
+def _copy(layer: Any, copy: Any) -> None:
     if not isinstance(layer, keras.Layer):
         return
     copy.set_weights(layer.get_weights())
@@ -155,7 +155,7 @@ def _copy(layer, copy):
     copy.load_own_variables({key: keras.ops.convert_to_numpy(value) for key, value in store.items()})
 
 
-def _stock_initializer(value):
+def _stock_initializer(value: Any) -> Any:
     """The configuration of an initial distribution that Keras has, in the place of this package's own."""
     if isinstance(value, dict) and value.get("registered_name") == f"keras_mnv2>{Normal.__name__}":
         own = value["config"]
@@ -164,12 +164,12 @@ def _stock_initializer(value):
     return value
 
 
-def _functional():
+def _functional() -> type:
     x = keras.Input((1,))
     return type(keras.Model(x, x))
 
 
-def _as_class(kind, model):
+def _as_class(kind: Any, model: keras.Model) -> keras.Model:
     new = kind(model.input, model.output, name=model.name)
     if model.compiled:
         new.compile_from_config(model.get_compile_config())

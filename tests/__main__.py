@@ -1,4 +1,4 @@
-"""`python -m tests [--backend NAME] [pytest arguments]`: lint, types, and the tests, a process for each backend."""
+"""`python -m tests [--backend NAME] [pytest arguments]`: lint, types, site, and tests, a process a backend."""
 
 import argparse
 import os
@@ -42,6 +42,10 @@ def main() -> int:
         run("ruff format", ["ruff", "format", "--check", "."]),
         run("mypy", ["mypy"]),
     ]
+    with tempfile.TemporaryDirectory() as site:
+        # The variable leaves out a notice of the theme's about its future.
+        command = ["mkdocs", "build", "--strict", "--site-dir", site]
+        parts.append(run("mkdocs", command, NO_MKDOCS_2_WARNING="1"))
     command = ["pytest", "-q", *arguments]
     with ThreadPoolExecutor(len(BACKENDS)) as pool, tempfile.TemporaryDirectory() as scratch:
         for name in ("jax", "tmp"):

@@ -16,6 +16,8 @@ settings.register_profile("default", deadline=None, max_examples=25, derandomize
 settings.load_profile("default")
 
 BACKENDS = ("tensorflow", "jax", "torch")
+# Fixtures of the whole session.
+pytest_plugins = ["tests.exports"]
 
 # What compiles for numbers that the compiler's optimisations could change, or for speed.
 OPTIMISED = {

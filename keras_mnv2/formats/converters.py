@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def to_litert(
     calibration: str = "",
     quantized: bool = False,
     io_dtype: str = "int8",
-    **_,
+    **_: Any,
 ) -> None:
     """A SavedModel to a `.tflite` file by TensorFlow's converter.
 
@@ -52,7 +53,7 @@ def to_litert(
     target.write_bytes(content)
 
 
-def _check_integers(content):
+def _check_integers(content: bytes) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
     tensors = Interpreter(model_content=content).get_tensor_details()
@@ -61,7 +62,7 @@ def _check_integers(content):
         raise ValueError(f"{len(floats)} of {len(tensors)} tensors would stay in float32, such as {floats[0]!r}")
 
 
-def to_onnx(source: Path, target: Path, input_name: str, output_names: list[str], **_) -> None:
+def to_onnx(source: Path, target: Path, input_name: str, output_names: list[str], **_: Any) -> None:
     """A `.pt2` file to an ONNX file by PyTorch's exporter; ONNX Runtime then removes what cancels out."""
     import onnx
     import onnxruntime
@@ -99,7 +100,7 @@ def to_onnx(source: Path, target: Path, input_name: str, output_names: list[str]
     onnx.save(model, target)
 
 
-def _trim_kernels(graph):
+def _trim_kernels(graph: Any) -> None:
     """Removes leading rows and columns of zeros from kernels, and as many zeros from the padding.
 
     On PyTorch they stand for TensorFlow's uneven padding, which an ONNX convolution has an attribute for.
@@ -127,7 +128,7 @@ def _trim_kernels(graph):
         weight.CopyFrom(onnx.numpy_helper.from_array(kernel[:, :, 1:, 1:].copy(), weight.name))
 
 
-def to_openvino(source: Path, target: Path, **_) -> None:
+def to_openvino(source: Path, target: Path, **_: Any) -> None:
     """A SavedModel to OpenVINO's pair of files, `.xml` and `.bin`."""
     import openvino
 

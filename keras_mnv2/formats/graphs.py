@@ -16,6 +16,7 @@ from typing import Any
 
 import keras
 
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.formats.converters import CONVERTERS
 
 # Pixels of a side that is free, for tracing; the graph keeps it free.
@@ -57,14 +58,14 @@ def write_exported_program(model: keras.Model, path: Path) -> None:
     class Program(torch.nn.Module):
         """The model with its weights as plain buffers: Keras's own would be written twice."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             # Two layers of nested models may have one path.
             self.names = [f"{v.path.replace('/', '_').replace('.', '_')}_{i}" for i, v in enumerate(model.variables)]
             for name, variable in zip(self.names, model.variables, strict=True):
                 self.register_buffer(name, variable.value.detach().clone().contiguous())
 
-        def forward(self, x):
+        def forward(self, x: torch.Tensor) -> Any:
             tensors = (getattr(self, name) for name in self.names)
             with keras.StatelessScope(state_mapping=list(zip(model.variables, tensors, strict=True))):
                 y = model(x, training=False)
@@ -81,7 +82,7 @@ def write_exported_program(model: keras.Model, path: Path) -> None:
         torch.export.save(program, path)
 
 
-def named(model: keras.Model, outputs: Any) -> dict[str, Any]:
+def named(model: keras.Model, outputs: Any) -> dict[str, Tensor]:
     """A model's outputs by name: its own keys, or the names of the layers that they come from."""
     if isinstance(outputs, dict):
         return outputs

@@ -8,14 +8,18 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+# From a batch of images to the outputs by name.
+Run = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 # Images a call, so that a large sample needs no more memory than this many.
 BATCH = 64
 
 
-def load_export(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+def load_export(path: str | os.PathLike[str]) -> Run:
     """Loads a file that `export` wrote in its own runtime, on the CPU and in float32.
 
     Args:
@@ -30,12 +34,11 @@ def load_export(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray
         FileNotFoundError: where there is no such file.
         ImportError: where the runtime is not installed.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
-    >>> report = export(model, "mobilenet.tflite", format="litert", verbose=False)
-    >>> {name: y.shape for name, y in load_export("mobilenet.tflite")(np.zeros((2, 32, 32, 3))).items()}
-    {'predictions': (2, 10)}
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10)
+        >>> report = export(model, "mobilenet.tflite", format="litert", verbose=False)
+        >>> {name: y.shape for name, y in load_export("mobilenet.tflite")(np.zeros((2, 32, 32, 3))).items()}
+        {'predictions': (2, 10)}
     """
     if not isinstance(path, str | os.PathLike):
         raise ValueError(f"path must be a path, got {path!r}.")
@@ -49,7 +52,7 @@ def load_export(path: str | Path) -> Callable[[np.ndarray], dict[str, np.ndarray
     return _LOADERS[path.suffix](path)
 
 
-def _saved_model(path):
+def _saved_model(path: Path) -> Run:
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(path))
@@ -57,14 +60,16 @@ def _saved_model(path):
     (name,) = serve.structured_input_signature[1]
     dtype = serve.structured_input_signature[1][name].dtype
 
-    def run(images, _loaded=loaded):  # A signature does not keep its model alive.
+    def run(
+        images: np.ndarray, _loaded: Any = loaded
+    ) -> dict[str, np.ndarray]:  # A signature does not keep its model alive.
         outputs = serve(**{name: tf.constant(images, dtype)})
         return {key: value.numpy() for key, value in outputs.items()}
 
     return run
 
 
-def _onnx(path):
+def _onnx(path: Path) -> Run:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -74,7 +79,7 @@ def _onnx(path):
     return lambda images: dict(zip(names, session.run(None, {image.name: images.astype(dtype)}), strict=True))
 
 
-def _litert(path):
+def _litert(path: Path) -> Run:
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
@@ -82,7 +87,7 @@ def _litert(path):
     ((name, image),) = run_signature.get_input_details().items()
     outputs = run_signature.get_output_details()
 
-    def run(images):
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
         if np.issubdtype(image["dtype"], np.integer):
             scale, zero_point = image["quantization"]
             limits = np.iinfo(image["dtype"])
@@ -93,32 +98,32 @@ def _litert(path):
     return run
 
 
-def _real(value, scale, zero_point):
+def _real(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
     if not np.issubdtype(value.dtype, np.integer):
         return value.copy()
     return (value.astype("float32") - zero_point) * np.float32(scale)
 
 
-def _openvino(path):
+def _openvino(path: Path) -> Run:
     import openvino
 
     # On CPUs that have it, OpenVINO would compute in bfloat16.
     compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request = compiled.create_infer_request()
 
-    def run(images):
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
         found = request.infer([images.astype("float32")])
         return {output.any_name: found[output].copy() for output in compiled.outputs}
 
     return run
 
 
-def _torch(path):
+def _torch(path: Path) -> Run:
     import torch
 
     module = torch.export.load(path).module()
 
-    def run(images):
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
         with torch.no_grad():
             y = module(torch.from_numpy(np.asarray(images, "float32")))
         return {key: value.numpy() for key, value in (y if isinstance(y, dict) else {"output": y}).items()}
@@ -126,12 +131,12 @@ def _torch(path):
     return run
 
 
-def _keras(path):
+def _keras(path: Path) -> Run:
     import keras
 
     model = keras.models.load_model(path, compile=False)
 
-    def run(images):
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
         found = model.predict(images, verbose=0)
         if isinstance(found, dict):
             return found
@@ -143,7 +148,7 @@ def _keras(path):
 _LOADERS = {".onnx": _onnx, ".tflite": _litert, ".xml": _openvino, ".pt2": _torch, ".keras": _keras}
 
 
-def outputs_of(run: Callable, batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+def outputs_of(run: Run, batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
     """The outputs of several batches, one after the other, each name with its batch's number: `0/predictions`."""
     found = {}
     for number, images in enumerate(batches):

@@ -4,8 +4,9 @@ The graph of Keras's layers (`keras_mnv2.build`) and the block as one layer (`ke
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.architecture import hidden_channels
 
 SHORTCUTS = ("bottleneck", "expansion", None)
@@ -45,8 +46,11 @@ def convolutions(
 
 
 def join(
-    x: Any, parts: Mapping[str, Callable[[Any], Any]], add: Callable[[Any, Any], Any], shortcut: str | None
-) -> tuple[Any, Any]:
+    x: Tensor,
+    parts: Mapping[str, Callable[[Tensor], Tensor]],
+    add: Callable[[Tensor, Tensor], Tensor],
+    shortcut: str | None,
+) -> tuple[Tensor, Tensor]:
     """Runs a block.
 
     Args:

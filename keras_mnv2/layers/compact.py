@@ -1,12 +1,13 @@
 """Layers of several operations: convolution with normalisation and activation, and the inverted residual."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import keras
 
 from keras_mnv2 import ops
+from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.architecture import hidden_channels
 from keras_mnv2.arguments import (
     activation_function,
@@ -18,7 +19,7 @@ from keras_mnv2.arguments import (
     norm_config,
 )
 from keras_mnv2.initializers import Normal
-from keras_mnv2.layers.block import SHORTCUTS, convolutions, join
+from keras_mnv2.layers.block import SHORTCUTS, Convolution, convolutions, join
 from keras_mnv2.layers.fusing import Activation, Unit, is_plain
 from keras_mnv2.layers.parts import BatchNormalization
 from keras_mnv2.ops.padding import PADDINGS, output_size
@@ -28,6 +29,8 @@ from keras_mnv2.ops.padding import PADDINGS, output_size
 # not validate until then.
 NORM_MOMENTUM = 0.9
 NORM_EPSILON = 1e-3
+# A name, a layer to copy, a layer class, the configuration of one, or nothing.
+NormLayer: TypeAlias = str | keras.layers.Layer | type[keras.layers.Layer] | dict[str, Any] | None
 
 
 class _Compact(keras.layers.Layer):
@@ -36,11 +39,11 @@ class _Compact(keras.layers.Layer):
     Subclasses give their parts by name in `_parts`.
     """
 
-    def __init__(self, frozen=(), **kwargs):
+    def __init__(self, frozen: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._frozen = tuple(frozen)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.built and len(args) == 1 and kwargs == {"training": False}:
             direct = ops.runs_directly(self, args[0]) and is_plain(self)
             # Whoever watches a part is told only by its own `__call__`.
@@ -52,13 +55,13 @@ class _Compact(keras.layers.Layer):
     def _parts(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _freeze_parts(self):
+    def _freeze_parts(self) -> None:
         parts = self._parts()
         for name in self._frozen:
             if name in parts:
                 parts[name].trainable = False
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         # Frozen parts of a frozen layer are what it says itself.
         frozen = [name for name, part in self._parts().items() if not part.trainable] if self.built else self._frozen
@@ -73,7 +76,7 @@ def kernel_initializer(kernel_size: int, filters: int) -> Normal:
 
 
 def make_norm(
-    norm_layer: Any,
+    norm_layer: str | dict[str, Any] | None,
     filters: int,
     momentum: float,
     epsilon: float,
@@ -99,6 +102,7 @@ def make_norm(
         return make(BatchNormalization, momentum=momentum, synchronized=norm_layer == "sync_batch_norm", **common)
     if norm_layer == "group_norm":
         return make(keras.layers.GroupNormalization, groups=filters // math.gcd(filters, 8), **common)
+    assert not isinstance(norm_layer, str)
     # A layer of the caller's: a copy of the prototype, in this place's precision.
     config = {**norm_layer["config"], **own}
     config["trainable"] = own.get("trainable", True) and norm_layer["config"].get("trainable", True)
@@ -141,28 +145,27 @@ class ConvNormActivation(_Compact):
     Raises:
         ValueError: on an argument out of range, or `groups` that does not fit the input.
 
-    Example:
-
-    >>> tuple(ConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
-    (1, 112, 112, 32)
+    Examples:
+        >>> tuple(ConvNormActivation(32, stride=2)(np.ones((1, 224, 224, 3))).shape)
+        (1, 112, 112, 32)
     """
 
     def __init__(
         self,
-        filters,
-        kernel_size=3,
-        stride=1,
-        groups=1,
-        padding="same",
-        dilation_rate=1,
-        activation="relu6",
-        norm_layer="batch_norm",
-        norm_momentum=NORM_MOMENTUM,
-        norm_epsilon=NORM_EPSILON,
-        data_format=None,
-        kernel_regularizer=None,
-        **kwargs,
-    ):
+        filters: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        padding: str = "same",
+        dilation_rate: int = 1,
+        activation: str | Callable[..., Any] | None = "relu6",
+        norm_layer: NormLayer = "batch_norm",
+        norm_momentum: float = NORM_MOMENTUM,
+        norm_epsilon: float = NORM_EPSILON,
+        data_format: str | None = None,
+        kernel_regularizer: str | dict[str, Any] | Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         filters = check_whole("filters", filters)
         kernel_size = check_whole("kernel_size", kernel_size)
@@ -191,7 +194,7 @@ class ConvNormActivation(_Compact):
         self.bias: Any = None
         self._unit: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         channels = input_shape[-1 if self.data_format == "channels_last" else 1]
         depthwise = self.groups > 1
         if depthwise and channels != self.groups:
@@ -231,22 +234,22 @@ class ConvNormActivation(_Compact):
         )
         self._freeze_parts()
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         return self._unit(inputs, training)
 
-    def _activate(self, y):
+    def _activate(self, y: Tensor) -> Tensor:
         return self.activation(y)
 
-    def _parts(self):
+    def _parts(self) -> dict[str, Any]:
         return {"kernel": self.kernel} | ({} if self.norm is None else {"norm": self.norm})
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         last = self.data_format == "channels_last"
         sides = input_shape[1:3] if last else input_shape[2:4]
-        sides = [output_size(n, self.kernel_size, self.stride, self.dilation_rate, self.padding) for n in sides]
-        return (input_shape[0], *sides, self.filters) if last else (input_shape[0], self.filters, *sides)
+        out = [output_size(n, self.kernel_size, self.stride, self.dilation_rate, self.padding) for n in sides]
+        return (input_shape[0], *out, self.filters) if last else (input_shape[0], self.filters, *out)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "filters": self.filters,
@@ -302,33 +305,32 @@ class InvertedResidual(_Compact):
     Raises:
         ValueError: on an argument out of range.
 
-    Example:
-
-    >>> tuple(InvertedResidual(24, stride=2, expand_ratio=6)(np.ones((1, 112, 112, 16))).shape)
-    (1, 56, 56, 24)
+    Examples:
+        >>> tuple(InvertedResidual(24, stride=2, expand_ratio=6)(np.ones((1, 112, 112, 16))).shape)
+        (1, 56, 56, 24)
     """
 
     convolution = ConvNormActivation
 
     def __init__(
         self,
-        filters,
-        stride=1,
-        expand_ratio=6,
-        dilation_rate=1,
-        padding="same",
-        activation="relu6",
-        norm_layer="batch_norm",
-        norm_momentum=NORM_MOMENTUM,
-        norm_epsilon=NORM_EPSILON,
-        stochastic_depth=0.0,
-        linear_bottleneck=True,
-        shortcut="bottleneck",
-        return_expansion=False,
-        data_format=None,
-        kernel_regularizer=None,
-        **kwargs,
-    ):
+        filters: int,
+        stride: int = 1,
+        expand_ratio: float = 6,
+        dilation_rate: int = 1,
+        padding: str = "same",
+        activation: str | Callable[..., Any] | None = "relu6",
+        norm_layer: NormLayer = "batch_norm",
+        norm_momentum: float = NORM_MOMENTUM,
+        norm_epsilon: float = NORM_EPSILON,
+        stochastic_depth: float = 0.0,
+        linear_bottleneck: bool = True,
+        shortcut: str | None = "bottleneck",
+        return_expansion: bool = False,
+        data_format: str | None = None,
+        kernel_regularizer: str | dict[str, Any] | Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         expand_ratio = check_positive("expand_ratio", expand_ratio)
         padding = check_choice("padding", padding, PADDINGS)
@@ -355,7 +357,7 @@ class InvertedResidual(_Compact):
         self.project: Any = None
         self.drop = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         channels = input_shape[-1 if self.data_format == "channels_last" else 1]
         self.residual = self.shortcut is not None and self.stride == 1 and channels == self.filters
         specs = convolutions(
@@ -374,15 +376,15 @@ class InvertedResidual(_Compact):
             )
         self._freeze_parts()
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
         sides = inputs.shape[1:3] if self.data_format == "channels_last" else inputs.shape[2:4]
         if training or self.return_expansion or None in sides:
             return self._transform(inputs, training)
         hidden = self.depthwise.filters * math.prod(sides)
         return ops.block_in_chunks(lambda x: self._transform(x, training), inputs, hidden)
 
-    def _transform(self, inputs, training):
-        def run(conv):
+    def _transform(self, inputs: Tensor, training: bool | None) -> Tensor | tuple[Tensor, Tensor]:
+        def run(conv: Any) -> Any:
             # `conv.call`, not `conv()`, unless somebody watches: a layer call costs an eager backend about 0.1 ms.
             call = conv.call if is_plain(conv) else conv
             return lambda x: call(x, training=training)
@@ -395,17 +397,17 @@ class InvertedResidual(_Compact):
         )
         return (y, expanded) if self.return_expansion else y
 
-    def _convs(self):
+    def _convs(self) -> dict[str, Any]:
         convs = {"expand": self.expand, "depthwise": self.depthwise, "project": self.project}
         return {name: conv for name, conv in convs.items() if conv is not None}
 
-    def _parts(self):
+    def _parts(self) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         for name, conv in self._convs().items():
             parts |= {name: conv, **{f"{name}/{inner}": part for inner, part in conv._parts().items()}}
         return parts
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape | tuple[Shape, Shape]:
         last = self.data_format == "channels_last"
         sides = input_shape[1:3] if last else input_shape[2:4]
         hidden = hidden_channels(input_shape[-1 if last else 1], self.expand_ratio)
@@ -416,7 +418,7 @@ class InvertedResidual(_Compact):
             shape, expansion = (input_shape[0], self.filters, *out), (input_shape[0], hidden, *sides)
         return (shape, expansion) if self.return_expansion else shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "filters": self.filters,
@@ -436,7 +438,7 @@ class InvertedResidual(_Compact):
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }
 
-    def _conv(self, spec):
+    def _conv(self, spec: Convolution) -> ConvNormActivation:
         return self.convolution(
             spec.filters,
             kernel_size=spec.kernel_size,
@@ -455,10 +457,10 @@ class InvertedResidual(_Compact):
             name=spec.part,
         )
 
-    def _sum(self, shortcut, branch, training):
+    def _sum(self, shortcut: Tensor, branch: Tensor, training: bool | None) -> Tensor:
         return shortcut + branch
 
-    def _drop(self, x, training):
+    def _drop(self, x: Tensor, training: bool | None) -> Tensor:
         return x if self.drop is None else self.drop(x, training=training)
 
 
@@ -476,36 +478,35 @@ class ScaleShift(keras.layers.Layer):
     Output shape:
         The same.
 
-    Example:
-
-    >>> tuple(ScaleShift()(np.ones((2, 7, 7, 16))).shape)
-    (2, 7, 7, 16)
+    Examples:
+        >>> tuple(ScaleShift()(np.ones((2, 7, 7, 16))).shape)
+        (2, 7, 7, 16)
     """
 
-    def __init__(self, axis=-1, **kwargs):
+    def __init__(self, axis: int = -1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.axis = axis
         self.scale: Any = None
         self.shift: Any = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         channels = (input_shape[self.axis],)
         self.scale = self.add_weight(name="scale", shape=channels, initializer="ones")
         self.shift = self.add_weight(name="shift", shape=channels, initializer="zeros")
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         # The unused arguments are those of the batch norm whose place it takes in a graph.
         scale, shift = self.factors(inputs)
         return inputs * scale + shift
 
-    def factors(self, inputs):
+    def factors(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift in a shape that broadcasts over `inputs`."""
         shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
         return keras.ops.reshape(self.scale, shape), keras.ops.reshape(self.shift, shape)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> Shape:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "axis": self.axis}

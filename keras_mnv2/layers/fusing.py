@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_mnv2 import ops
+from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.arguments import is_plain_batch_norm
+from keras_mnv2.ops.padding import Padding
 
 
 class Unit:
@@ -47,7 +49,18 @@ class Unit:
         "tensors",
     )
 
-    def __init__(self, conv, norm, activation, depthwise, stride, padding, dilation, data_format, filters):
+    def __init__(
+        self,
+        conv: Any,
+        norm: Any,
+        activation: "Activation | None",
+        depthwise: bool,
+        stride: int,
+        padding: Padding,
+        dilation: int,
+        data_format: str,
+        filters: int,
+    ) -> None:
         self.conv = conv
         self.norm = norm
         self.activation = activation
@@ -60,7 +73,7 @@ class Unit:
         self.tensors: Any = None
         self.plain_norm = norm is not None and is_plain_batch_norm(norm, data_format)
 
-    def __call__(self, x: Any, training: Any = None, own: bool = False) -> Any:
+    def __call__(self, x: Tensor, training: bool | None = None, own: bool = False) -> Tensor:
         """Computes it; in inference the batch norm is folded into the kernel (Jacob et al. 2018, section 3.2).
 
         Args:
@@ -83,7 +96,7 @@ class Unit:
             y = self.convolve(x, *ops.fold(kernel, self.depthwise, *self._of_norm(own), norm.epsilon))
         return y if self.activation is None else self.activation(y)
 
-    def prepare(self, x: Any, own: bool = False) -> Callable[[Any], Any]:
+    def prepare(self, x: Tensor, own: bool = False) -> Callable[[Tensor], Tensor]:
         """What computes it in inference for several parts of a batch; the kernel is folded and laid out once.
 
         Args:
@@ -102,29 +115,29 @@ class Unit:
             return lambda y: self._convolve(y, kernel, bias)
         return lambda y: activation(self._convolve(y, kernel, bias))
 
-    def folded(self, kernel: Any, mean: Any, variance: Any) -> tuple[Any, Any]:
+    def folded(self, kernel: Tensor, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Kernel and bias that compute the convolution and its batch norm with these statistics."""
         norm = self.norm
         return ops.fold(kernel, self.depthwise, norm.gamma.value, norm.beta.value, mean, variance, norm.epsilon)
 
-    def convolve(self, x: Any, kernel: Any, bias: Any = None) -> Any:
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         """The convolution alone, in the layer's compute dtype."""
         return self._convolve(x, *self._cast(x, kernel, bias))
 
-    def _parameters(self, own):
+    def _parameters(self, own: bool) -> tuple[Tensor, Tensor | None]:
         conv = self.conv
         return (*conv.cache.tensors, None)[:2] if own else (value_of(conv.kernel), value_of(conv.bias))
 
-    def _of_norm(self, own):
+    def _of_norm(self, own: bool) -> Sequence[Tensor]:
         return self.norm.cache.tensors if own else norm_values(self.norm)
 
-    def _cast(self, x, kernel, bias):
+    def _cast(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.conv.compute_dtype == self.conv.variable_dtype:
             return kernel, bias
         # The kernel has its own precision until here, so that folding has too.
         return keras.ops.cast(kernel, x.dtype), None if bias is None else keras.ops.cast(bias, x.dtype)
 
-    def _convolve(self, x, kernel, bias):
+    def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         operation = ops.depthwise_convolution if self.depthwise else ops.convolution
         return operation(
             x,
@@ -137,17 +150,17 @@ class Unit:
         )
 
 
-def value_of(variable: Any) -> Any:
+def value_of(variable: Any) -> Tensor | None:
     """The tensor of a variable; a tensor, as a layer with LoRA has one in the place of its kernel, or None stays."""
     return variable.value if isinstance(variable, keras.Variable) else variable
 
 
-def norm_values(norm: Any) -> Sequence[Any]:
+def norm_values(norm: Any) -> Sequence[Tensor]:
     """Scale, shift, moving mean and variance of a plain batch norm as tensors."""
     return [v.value for v in (norm.gamma, norm.beta, norm.moving_mean, norm.moving_variance)]
 
 
-def normalize_by_batch(norm: Any, x: Any, data_format: str) -> Any:
+def normalize_by_batch(norm: Any, x: Tensor, data_format: str) -> Tensor:
     """A plain batch norm in training: by the statistics of the batch, which the moving ones follow."""
     gamma, beta, moving_mean, moving_variance = norm_values(norm)
     y, mean, variance = ops.batch_normalization(
@@ -169,7 +182,7 @@ class Activation:
 
     __slots__ = ("_call", "_layer")
 
-    def __init__(self, layer: Any, call: Callable[[Any], Any]):
+    def __init__(self, layer: Any, call: Callable[[Tensor], Tensor]) -> None:
         self._layer = layer
         self._call = call
 
@@ -181,7 +194,7 @@ class Activation:
             return layer.max_value == 6 and not layer.negative_slope and not layer.threshold
         return layer.activation is keras.activations.relu6
 
-    def __call__(self, y: Any) -> Any:
+    def __call__(self, y: Tensor) -> Tensor:
         return ops.relu6(y) if self.is_relu6 else self._call(y)
 
 
@@ -192,7 +205,7 @@ class Group(NamedTuple):
     conv: Any
     norm: Any
     activation: Any
-    start: Any
+    start: Tensor
 
     @property
     def layers(self) -> tuple:
@@ -234,7 +247,7 @@ class Block(NamedTuple):
     """
 
     groups: Sequence[Group]
-    start: Any
+    start: Tensor
     shortcut: bool
 
 
@@ -258,7 +271,7 @@ def _role_of_class(kind: Any) -> str | None:
     return next((role for role, kinds in _ROLES if issubclass(kind, kinds)), None)
 
 
-def read_unit(call: Any, call_of: Callable[[Any], Any], free: Callable[[Any], bool]) -> Group | None:
+def read_unit(call: Any, call_of: Callable[[Tensor], Any], free: Callable[[Tensor], bool]) -> Group | None:
     """The unit whose output is that of `call`, or None where it is no convolution with what may follow one.
 
     Args:
@@ -267,7 +280,7 @@ def read_unit(call: Any, call_of: Callable[[Any], Any], free: Callable[[Any], bo
         free: whether nobody else reads a tensor, so that it need not exist.
     """
 
-    def before(call, role):
+    def before(call: Any, role: str) -> Any:
         """The call that the input of `call` comes from, if it has that role."""
         x = call.inputs[0]
         found = call_of(x) if free(x) else None
@@ -293,7 +306,7 @@ def read_unit(call: Any, call_of: Callable[[Any], Any], free: Callable[[Any], bo
     return Group(pad, conv, norm, activation, call.inputs[0])
 
 
-def read_block(call: Any, call_of: Callable[[Any], Any], free: Callable[[Any], bool]) -> Block | None:
+def read_block(call: Any, call_of: Callable[[Tensor], Any], free: Callable[[Tensor], bool]) -> Block | None:
     """The block whose output is that of `call`, or None where it is none; arguments as for `read_unit`."""
     if role_of(call.layer) == "add" and len(call.inputs) == 2:
         for start, branch in (call.inputs, call.inputs[::-1]):
@@ -307,7 +320,9 @@ def read_block(call: Any, call_of: Callable[[Any], Any], free: Callable[[Any], b
     return Block(groups, start, False) if groups else None
 
 
-def _chain(call, call_of, free, until):
+def _chain(
+    call: Any, call_of: Callable[[Tensor], Any], free: Callable[[Tensor], bool], until: Tensor | None
+) -> tuple[list[Group], Tensor | None]:
     """Units up to that of `call`, the first of which reads `until` or the narrow end of another block."""
     groups: list[Group] = []
     while call is not None and (group := read_unit(call, call_of, free)):
@@ -354,7 +369,7 @@ class Call:
 
     __slots__ = ("device", "inputs", "layer", "shape", "value", "versions")
 
-    def __init__(self, layer: Any, inputs: tuple, shape: Any = None, device: Any = None):
+    def __init__(self, layer: Any, inputs: tuple[Tensor, ...], shape: Shape | None = None, device: Any = None) -> None:
         self.layer = layer
         self.inputs = inputs
         self.shape = shape
@@ -367,7 +382,7 @@ class Call:
         """Whether the output is narrow, and not in the middle of a block."""
         return role_of(self.layer) in ("norm", "add", "conv")
 
-    def evaluate(self, computed: Any = None) -> Any:
+    def evaluate(self, computed: Tensor | None = None) -> Tensor:
         """The output; `computed` is it, where it is known and the layer is at the end of no block.
 
         Raises:
@@ -390,7 +405,7 @@ class Call:
             self.inputs = ()
         return self.value
 
-    def _check_versions(self):
+    def _check_versions(self) -> None:
         if self.versions is not None and self.versions != ops.versions(self):
             raise RuntimeError(
                 f"The output of the layer {self.layer.name!r} was not read before its weights or images were changed: "
@@ -401,12 +416,12 @@ class Call:
                 call._check_versions()
 
 
-def _pending(x):
+def _pending(x: Tensor) -> Any:
     call = ops.call_of(x)
     return call if call is not None and call.inputs else None
 
 
-def _always(x):
+def _always(x: Tensor) -> bool:
     return True
 
 
@@ -417,7 +432,7 @@ class Plan:
         model: the model; what `read` gives fits it for as long as its graph stays.
     """
 
-    def __init__(self, steps, image, outputs, layers):
+    def __init__(self, steps: list[tuple], image: int, outputs: list[int], layers: list[Any]) -> None:
         self._steps = steps
         self._image = image
         self._outputs = outputs
@@ -444,7 +459,7 @@ class Plan:
         steps: list[tuple] = []
         done = {id(model.inputs[0])}
 
-        def add(x):
+        def add(x: Tensor) -> bool:
             if id(x) in done:
                 return True
             if id(x) not in calls:
@@ -470,7 +485,7 @@ class Plan:
         """Whether nobody looks inside: then layers need not be called one by one."""
         return all(map(is_plain, self._layers)) and keras.distribution.distribution() is None
 
-    def __call__(self, x: Any, training: Any = None) -> list[Any]:
+    def __call__(self, x: Tensor, training: bool | None = None) -> list[Tensor]:
         """The model's outputs, in their order."""
         tensors = {self._image: x}
         for (what, flag), sources, target in self._steps:
@@ -485,7 +500,7 @@ class Plan:
         return [tensors[output] for output in self._outputs]
 
 
-def _call_layer(layer, takes_training, inputs, training):
+def _call_layer(layer: Any, takes_training: bool, inputs: Any, training: bool | None) -> Any:
     """Calls a layer, without Keras's bookkeeping where that finds nothing to do."""
     keywords = {"training": training} if takes_training and training is not None else {}
     return (layer.call if ops.runs_directly(layer, inputs) else layer)(inputs, **keywords)
@@ -522,7 +537,9 @@ _SIMPLE = (
 )
 
 
-def run_block(units: Sequence[Unit], x: Any, shortcut: bool, training: Any, data_format: str, own: bool = False) -> Any:
+def run_block(
+    units: Sequence[Unit], x: Tensor, shortcut: bool, training: bool | None, data_format: str, own: bool = False
+) -> Tensor:
     """Units one after the other, and their input added to what comes out where `shortcut` says so.
 
     Args:
@@ -534,7 +551,7 @@ def run_block(units: Sequence[Unit], x: Any, shortcut: bool, training: Any, data
         own: as for `Unit`.
     """
 
-    def run(x):
+    def run(x: Tensor) -> Tensor:
         y = x
         for compute in computed:
             y = compute(y)
@@ -543,7 +560,7 @@ def run_block(units: Sequence[Unit], x: Any, shortcut: bool, training: Any, data
     sides = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
     if training and (found := ops.train_block(units, x, shortcut)) is not None:
         return found
-    computed: list[Callable[[Any], Any]]
+    computed: list[Callable[[Tensor], Tensor]]
     if training:
         computed = [functools.partial(unit, training=training, own=own) for unit in units]
         return run(x)

@@ -4,9 +4,13 @@ Each is the Keras class of its name: `isinstance`, arguments, variables and file
 computes: by `keras_mnv2.ops`, and in inference as part of the block around it (`keras_mnv2.layers.fusing`).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 
 from keras_mnv2 import ops
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.arguments import is_plain_batch_norm
 from keras_mnv2.layers.fusing import (
     Cache,
@@ -24,16 +28,16 @@ from keras_mnv2.layers.fusing import (
 class _Direct(Part):
     """Calls `call` without Keras's bookkeeping where that finds nothing to do, or leaves it for later."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cache = Cache()
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if ops.is_compiling():
             return ops.uncompiled(self._call, *args, **kwargs)
         return self._call(*args, **kwargs)
 
-    def _call(self, *args, **kwargs):
+    def _call(self, *args: Any, **kwargs: Any) -> Tensor:
         training = kwargs.get("training")
         # A graph of Keras hands down the mask that a batch norm takes.
         known = len(kwargs) == 1 or (len(kwargs) == 2 and kwargs.get("mask", 0) is None)
@@ -47,13 +51,13 @@ class _Direct(Part):
                 return self.call(inputs, training=training)
         return super().__call__(*args, **kwargs)
 
-    def add_weight(self, *args, autocast=False, **kwargs):
+    def add_weight(self, *args: Any, autocast: bool = False, **kwargs: Any) -> keras.Variable:
         """As Keras's, but the variable has its own precision until it is used, so that folding has too."""
         variable = super().add_weight(*args, autocast=autocast, **kwargs)
         self.cache.variables.append(variable)
         return variable
 
-    def _call_on(self, inputs):
+    def _call_on(self, inputs: Any) -> Call:
         inputs = tuple(inputs) if isinstance(inputs, list) else (inputs,)
         first = inputs[0]
         known = ops.call_of(first)
@@ -66,7 +70,7 @@ class _Direct(Part):
 
 
 class _Convolution(_Direct):
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         if not is_square(self):
             return super().call(ops.settled(inputs))
         y = Group(None, self, None, None, inputs).unit()(ops.settled(inputs))
@@ -77,11 +81,10 @@ class _Convolution(_Direct):
 class Conv2D(_Convolution, keras.layers.Conv2D):
     """`keras.layers.Conv2D`, by this package's operations.
 
-    Example:
-
-    >>> layer = Conv2D(32, 3, strides=2, padding="same")
-    >>> isinstance(layer, keras.layers.Conv2D), tuple(layer(np.ones((1, 224, 224, 3))).shape)
-    (True, (1, 112, 112, 32))
+    Examples:
+        >>> layer = Conv2D(32, 3, strides=2, padding="same")
+        >>> isinstance(layer, keras.layers.Conv2D), tuple(layer(np.ones((1, 224, 224, 3))).shape)
+        (True, (1, 112, 112, 32))
     """
 
 
@@ -89,11 +92,10 @@ class Conv2D(_Convolution, keras.layers.Conv2D):
 class DepthwiseConv2D(_Convolution, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D`, by this package's operations.
 
-    Example:
-
-    >>> layer = DepthwiseConv2D(3, padding="same")
-    >>> isinstance(layer, keras.layers.DepthwiseConv2D), tuple(layer(np.ones((1, 56, 56, 24))).shape)
-    (True, (1, 56, 56, 24))
+    Examples:
+        >>> layer = DepthwiseConv2D(3, padding="same")
+        >>> isinstance(layer, keras.layers.DepthwiseConv2D), tuple(layer(np.ones((1, 56, 56, 24))).shape)
+        (True, (1, 56, 56, 24))
     """
 
 
@@ -105,19 +107,18 @@ class BatchNormalization(_Direct, keras.layers.BatchNormalization):
         synchronized: whether the statistics are those of all replicas; here on each backend.
         **kwargs: of Keras's layer.
 
-    Example:
-
-    >>> layer = BatchNormalization(momentum=0.9)
-    >>> isinstance(layer, keras.layers.BatchNormalization), tuple(layer(np.ones((1, 56, 56, 24))).shape)
-    (True, (1, 56, 56, 24))
+    Examples:
+        >>> layer = BatchNormalization(momentum=0.9)
+        >>> isinstance(layer, keras.layers.BatchNormalization), tuple(layer(np.ones((1, 56, 56, 24))).shape)
+        (True, (1, 56, 56, 24))
     """
 
-    def __init__(self, *args, synchronized=False, **kwargs):
+    def __init__(self, *args: Any, synchronized: bool = False, **kwargs: Any) -> None:
         # Keras refuses it elsewhere; there it is `ops.batch_normalization` that looks at all replicas.
         super().__init__(*args, synchronized=synchronized and keras.backend.backend() == "tensorflow", **kwargs)
         self.synchronized = synchronized
 
-    def call(self, inputs, training=None, mask=None):
+    def call(self, inputs: Tensor, training: bool | None = None, mask: Tensor | None = None) -> Tensor:
         if mask is not None or not is_plain_batch_norm(self, self._data_format):
             return super().call(ops.numbers(inputs), training=training, mask=mask)
         if training and self.trainable:
@@ -131,7 +132,7 @@ class BatchNormalization(_Direct, keras.layers.BatchNormalization):
         return ops.note(y, call)
 
     @property
-    def _data_format(self):
+    def _data_format(self) -> str:
         return "channels_last" if self.axis in (-1, 3) else "channels_first"
 
 
@@ -139,13 +140,12 @@ class BatchNormalization(_Direct, keras.layers.BatchNormalization):
 class ReLU(_Direct, keras.layers.ReLU):
     """`keras.layers.ReLU`, which can be computed with the convolution before it.
 
-    Example:
-
-    >>> [float(y) for y in ReLU(6.0)(np.array([-1.0, 3.0, 9.0]))]
-    [0.0, 3.0, 6.0]
+    Examples:
+        >>> [float(y) for y in ReLU(6.0)(np.array([-1.0, 3.0, 9.0]))]
+        [0.0, 3.0, 6.0]
     """
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         y = super().call(ops.numbers(inputs))
         return y if training else ops.note(y, Call(self, (inputs,)))
 
@@ -154,13 +154,12 @@ class ReLU(_Direct, keras.layers.ReLU):
 class ZeroPadding2D(_Direct, keras.layers.ZeroPadding2D):
     """`keras.layers.ZeroPadding2D`, which the convolution behind it can do itself.
 
-    Example:
-
-    >>> tuple(ZeroPadding2D(((0, 1), (0, 1)))(np.ones((1, 56, 56, 24))).shape)
-    (1, 57, 57, 24)
+    Examples:
+        >>> tuple(ZeroPadding2D(((0, 1), (0, 1)))(np.ones((1, 56, 56, 24))).shape)
+        (1, 57, 57, 24)
     """
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         y = super().call(ops.numbers(inputs))
         return y if training else ops.note(y, Call(self, (inputs,)))
 
@@ -169,12 +168,11 @@ class ZeroPadding2D(_Direct, keras.layers.ZeroPadding2D):
 class Add(_Direct, keras.layers.Add):
     """`keras.layers.Add`, which in inference computes the block whose shortcut it closes.
 
-    Example:
-
-    >>> tuple(Add()([np.ones((1, 56, 56, 24)), np.ones((1, 56, 56, 24))]).shape)
-    (1, 56, 56, 24)
+    Examples:
+        >>> tuple(Add()([np.ones((1, 56, 56, 24)), np.ones((1, 56, 56, 24))]).shape)
+        (1, 56, 56, 24)
     """
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Sequence[Tensor], training: bool | None = None) -> Tensor:
         y = super().call([ops.known(x) for x in inputs])
         return y if training else ops.note(y, Call(self, tuple(inputs)))

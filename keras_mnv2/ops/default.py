@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.ops.padding import Padding, spatial_padding
 
 
@@ -21,7 +22,7 @@ def runs_directly(layer: Any, inputs: Any) -> bool:
     return False
 
 
-def run_later(call: Any) -> Any:
+def run_later(call: Any) -> Tensor | None:
     """The output of a call that is computed once somebody needs it, or None where it is computed at once.
 
     Args:
@@ -30,7 +31,7 @@ def run_later(call: Any) -> Any:
     return None
 
 
-def compiled(function: Callable[..., Any], x: Any) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
     """`function`, compiled where Keras's backend leaves that to the model; it is asked for with `jit_compile=True`.
 
     Args:
@@ -50,37 +51,37 @@ def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return function(*args, **kwargs)
 
 
-def versions(call: Any) -> Any:
+def versions(call: Any) -> int | None:
     """A number that changes with the variables and images that a call reads, or None where nobody counts."""
     return None
 
 
-def note(output: Any, call: Any) -> Any:
+def note(output: Tensor, call: Any) -> Tensor:
     """Gives `output`, and remembers which call it is of where that helps those that read it."""
     return output
 
 
-def call_of(x: Any) -> Any:
+def call_of(x: Tensor) -> Any:
     """The call that `x` is the output of, where one is known."""
     return None
 
 
-def numbers(x: Any) -> Any:
+def numbers(x: Tensor) -> Tensor:
     """`x` as a tensor that can be read."""
     return x
 
 
-def known(x: Any) -> Any:
+def known(x: Tensor) -> Tensor:
     """`x` as a tensor that can be read, as `settled` gives it where it has done so already."""
     return x
 
 
-def settled(x: Any) -> Any:
+def settled(x: Tensor) -> Tensor:
     """`x` as a tensor that can be read, computed as part of its block where it is the end of one."""
     return x
 
 
-def folds_noted(x: Any) -> bool:
+def folds_noted(x: Tensor) -> bool:
     """Whether a batch norm in inference should fold itself into the convolution that gave `x`."""
     return False
 
@@ -91,8 +92,8 @@ def is_watched(layer: Any) -> bool:
 
 
 def fold(
-    kernel: Any, depthwise: bool, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float
-) -> tuple[Any, Any]:
+    kernel: Tensor, depthwise: bool, gamma: Tensor, beta: Tensor, mean: Tensor, variance: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
     """Kernel and bias that compute a convolution and its batch norm (Jacob et al. 2018, equation 14).
 
     Args:
@@ -113,17 +114,17 @@ def fold(
     return kernel * along, beta - mean * scale
 
 
-def lay_out(kernel: Any, depthwise: bool) -> Any:
+def lay_out(kernel: Tensor, depthwise: bool) -> Any:
     """A kernel in the form in which several calls of `convolution` or `depthwise_convolution` read it fastest."""
     return kernel
 
 
-def moving_average(moving: Any, value: Any, momentum: float) -> Any:
+def moving_average(moving: Tensor, value: Tensor, momentum: float) -> Tensor:
     """`moving * momentum + value * (1 - momentum)`."""
     return moving * momentum + value * (1 - momentum)
 
 
-def block_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int) -> Any:
+def block_in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, hidden_size: int) -> Tensor:
     """Gives `function(x)`, in inference computed for some images at a time where that is faster.
 
     Args:
@@ -134,12 +135,12 @@ def block_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int) ->
     return function(x)
 
 
-def network_in_chunks(function: Callable[[Any], Any], x: Any, hidden_size: int) -> Any:
+def network_in_chunks(function: Callable[[Tensor], Any], x: Tensor, hidden_size: int) -> Any:
     """Like `block_in_chunks`, for the network as a whole; `function` may give several tensors."""
     return function(x)
 
 
-def train_block(units: Any, x: Any, shortcut: bool) -> Any:
+def train_block(units: Any, x: Tensor, shortcut: bool) -> Tensor | None:
     """The output of a block in training, with the moving statistics changed, or None where it runs unit by unit.
 
     Args:
@@ -150,21 +151,21 @@ def train_block(units: Any, x: Any, shortcut: bool) -> Any:
     return None
 
 
-def relu6(x: Any) -> Any:
+def relu6(x: Tensor) -> Tensor:
     """`min(max(x, 0), 6)` of a tensor that nobody else holds: it may be overwritten."""
     return ops.relu6(x)
 
 
 def convolution(
-    x: Any,
-    kernel: Any,
-    bias: Any = None,
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
     *,
     stride: int = 1,
     padding: Padding = "same",
     dilation: int = 1,
     data_format: str = "channels_last",
-) -> Any:
+) -> Tensor:
     """Dense 2D convolution.
 
     Args:
@@ -180,36 +181,35 @@ def convolution(
     Returns:
         The convolved images, in the layout and dtype of `x`.
 
-    Example:
-
-    >>> tuple(convolution(np.ones((1, 8, 8, 3)), np.ones((3, 3, 3, 16)), stride=2).shape)
-    (1, 4, 4, 16)
+    Examples:
+        >>> tuple(convolution(np.ones((1, 8, 8, 3)), np.ones((3, 3, 3, 16)), stride=2).shape)
+        (1, 4, 4, 16)
     """
     return _convolve(ops.conv, x, kernel, bias, stride, padding, dilation, data_format)
 
 
 def depthwise_convolution(
-    x: Any,
-    kernel: Any,
-    bias: Any = None,
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
     *,
     stride: int = 1,
     padding: Padding = "same",
     dilation: int = 1,
     data_format: str = "channels_last",
-) -> Any:
+) -> Tensor:
     """Depthwise 2D convolution: like `convolution`, with a kernel (height, width, channels, 1)."""
     return _convolve(ops.depthwise_conv, x, kernel, bias, stride, padding, dilation, data_format)
 
 
 def batch_normalization(
-    x: Any,
-    gamma: Any,
-    beta: Any,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     epsilon: float,
     data_format: str = "channels_last",
     synchronized: bool = False,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalises by the statistics of the batch, as in training (Ioffe and Szegedy 2015, algorithm 1).
 
     Args:
@@ -237,8 +237,14 @@ def batch_normalization(
 
 
 def normalize(
-    x: Any, gamma: Any, beta: Any, mean: Any, variance: Any, epsilon: float, data_format: str = "channels_last"
-) -> Any:
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    epsilon: float,
+    data_format: str = "channels_last",
+) -> Tensor:
     """Normalises by given statistics, as in inference; arguments as for `batch_normalization`."""
     dtype = keras.backend.standardize_dtype(x.dtype)
     wide = ops.cast(x, "float32") if dtype in ("float16", "bfloat16") else x
@@ -247,7 +253,7 @@ def normalize(
     return ops.cast(y, dtype)
 
 
-def fake_quantize(x: Any, minimum: Any, maximum: Any) -> Any:
+def fake_quantize(x: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     """Rounds to 256 levels, one of which is 0, between about `minimum` and `maximum`.
 
     The levels are those of Jacob et al. 2018, section 3, and of TensorFlow's operation of this name: the range is
@@ -261,10 +267,9 @@ def fake_quantize(x: Any, minimum: Any, maximum: Any) -> Any:
     Returns:
         The rounded `x`.
 
-    Example:
-
-    >>> [float(v) for v in fake_quantize(np.array([-9.0, 0.0, 1.2]), np.array(-127.0), np.array(128.0))]
-    [-9.0, 0.0, 1.0]
+    Examples:
+        >>> [float(v) for v in fake_quantize(np.array([-9.0, 0.0, 1.2]), np.array(-127.0), np.array(128.0))]
+        [-9.0, 0.0, 1.0]
     """
     minimum, maximum = (ops.stop_gradient(ops.convert_to_tensor(end)) for end in (minimum, maximum))
     # A tensor of zeros has an empty range.
@@ -274,7 +279,16 @@ def fake_quantize(x: Any, minimum: Any, maximum: Any) -> Any:
     return inside + ops.stop_gradient(ops.round(inside / scale) * scale - inside)
 
 
-def _convolve(convolve, x, kernel, bias, stride, padding, dilation, data_format):
+def _convolve(
+    convolve: Callable[..., Any],
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Padding,
+    dilation: int,
+    data_format: str,
+) -> Tensor:
     size = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
     pairs = spatial_padding(padding, kernel.shape[:2], size, stride, dilation)
     if pairs is not None and any(map(any, pairs)):

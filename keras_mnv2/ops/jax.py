@@ -11,15 +11,18 @@ With the environment variable `KERAS_MNV2_JAX_DEPTHWISE=pallas` depthwise convol
 import functools
 import os
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
 from jax import lax
 
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.ops import default
 from keras_mnv2.ops.jax_depthwise import Geometry, depthwise
-from keras_mnv2.ops.padding import spatial_padding
+from keras_mnv2.ops.padding import Padding, spatial_padding
 
 fake_quantize = default.fake_quantize
 compiled = default.compiled
@@ -44,7 +47,7 @@ versions = default.versions
 CHUNK_BYTES = 10e6
 
 
-def block_in_chunks(function, x, hidden_size):
+def block_in_chunks(function: Callable[[Tensor], Any], x: Tensor, hidden_size: int) -> Any:
     """See `keras_mnv2.ops.default.block_in_chunks`."""
     # Only where it is compiled: in eager mode the loop would be compiled again at each call.
     traced = isinstance(x, jax.core.Tracer) and isinstance(x.shape[0], int)
@@ -65,7 +68,7 @@ network_in_chunks = block_in_chunks
 _calls: dict[int, tuple] = {}
 
 
-def note(output, call):
+def note(output: Tensor, call: Any) -> Tensor:
     """See `keras_mnv2.ops.default.note`: what reads the end of a block then computes the block in chunks.
 
     While compiling alone: the compiler leaves out what nobody reads, here the block layer by layer.
@@ -78,25 +81,34 @@ def note(output, call):
     return output
 
 
-def call_of(x):
+def call_of(x: Tensor) -> Any:
     """See `keras_mnv2.ops.default.call_of`."""
     reference, call = _calls.get(id(x), (None, None))
     return call if reference is not None and reference() is x else None
 
 
-def known(x):
+def known(x: Tensor) -> Tensor:
     """See `keras_mnv2.ops.default.known`."""
     call = call_of(x)
     return x if call is None or call.value is None else call.value
 
 
-def settled(x):
+def settled(x: Tensor) -> Tensor:
     """See `keras_mnv2.ops.default.settled`."""
     call = call_of(x)
     return call.evaluate(x) if call is not None and call.ends_block else x
 
 
-def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+def convolution(
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+    data_format: str = "channels_last",
+) -> Tensor:
     """See `keras_mnv2.ops.default.convolution`."""
     if _form() is not None and kernel.shape[:2] == (1, 1) and stride == 1 and data_format == "channels_last":
         y = _product(x, kernel[0, 0])
@@ -114,7 +126,16 @@ def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, d
     )
 
 
-def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+def depthwise_convolution(
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+    data_format: str = "channels_last",
+) -> Tensor:
     """See `keras_mnv2.ops.default.depthwise_convolution`."""
     if _form() is None:
         return default.depthwise_convolution(
@@ -125,12 +146,21 @@ def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dil
     pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, dilation)
     assert pairs is not None
     geometry = Geometry(x.shape[1:3], kernel.shape[:2], stride, tuple(pairs), dilation)
-    y = depthwise(x, kernel[..., 0], geometry, _depthwise_form())
+    form = _depthwise_form()
+    assert form is not None
+    y = depthwise(x, kernel[..., 0], geometry, form)
     y = y if bias is None else y + bias
     return jnp.moveaxis(y, 3, 1) if first else y
 
 
-def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", synchronized=False):
+def batch_normalization(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    epsilon: float,
+    data_format: str = "channels_last",
+    synchronized: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `keras_mnv2.ops.default.batch_normalization`.
 
     On GPUs the statistics of bfloat16 images take one pass. Rounding to bfloat16 adds 1e-6 to 5e-6 of the mean's square
@@ -147,12 +177,12 @@ def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", sy
     return y.astype(x.dtype), mean, variance
 
 
-def _form():
+def _form() -> str | None:
     """How convolutions are computed on these devices: as for CPUs, as for GPUs, or None: by `keras.ops`."""
     return {"cpu": "cpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}.get(jax.default_backend())
 
 
-def _depthwise_form():
+def _depthwise_form() -> str | None:
     chosen = os.environ.get("KERAS_MNV2_JAX_DEPTHWISE", "products")
     if chosen not in ("products", "pallas"):
         raise ValueError(f"KERAS_MNV2_JAX_DEPTHWISE must be 'products' or 'pallas', got {chosen!r}.")
@@ -162,10 +192,10 @@ def _depthwise_form():
     return "pallas" if chosen == "pallas" and keras.distribution.distribution() is None else "gpu"
 
 
-def _on_cpu():
+def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _product(x, matrix):
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
     # Of two axes: for four, XLA transposes large arrays in the gradients (a training step took 1.4 times as long).
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)

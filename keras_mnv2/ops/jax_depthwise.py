@@ -1,7 +1,7 @@
 """The depthwise convolution on JAX and its gradients, as primitives that are one another's derivatives."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def _taps(padded, kernel_size, size, stride, dilation):
+def _taps(
+    padded: jax.Array, kernel_size: tuple[int, int], size: tuple[int, ...], stride: int, dilation: int
+) -> Iterator[tuple[tuple[int, int], jax.Array]]:
     """The window of `padded` that each tap of the kernel meets, as ((row, column), (N, height, width, C))."""
     n, _, _, c = padded.shape
     for i in range(kernel_size[0]):
@@ -21,7 +23,7 @@ def _taps(padded, kernel_size, size, stride, dilation):
             yield (i, j), lax.slice(padded, (0, row, column, 0), end, (1, stride, stride, 1))
 
 
-def _pad(x, pairs, interior=0):
+def _pad(x: jax.Array, pairs: Sequence[tuple[int, int]], interior: int = 0) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((*pair, interior) for pair in pairs), (0, 0, 0)])
 
 
@@ -36,14 +38,14 @@ class Geometry(NamedTuple):
     # How many kernels there are, each for as many images in a row; 0: each image has its own.
     groups: int = 0
 
-    def output_size(self):
+    def output_size(self) -> tuple[int, ...]:
         sides = zip(self.size, self.kernel_size, self.pairs, strict=True)
         return tuple((n + sum(pair) - (k - 1) * self.dilation - 1) // self.stride + 1 for n, k, pair in sides)
 
-    def windows(self, x):
+    def windows(self, x: jax.Array) -> Iterator[tuple[tuple[int, int], jax.Array]]:
         return _taps(_pad(x, self.pairs), self.kernel_size, self.output_size(), self.stride, self.dilation)
 
-    def turned_windows(self, dy):
+    def turned_windows(self, dy: jax.Array) -> Iterator[tuple[tuple[int, int], jax.Array]]:
         """Those of dy, its pixels `stride` apart, that the turned kernel meets in the images' gradient."""
         around = []
         for n, k, pair, out in zip(self.size, self.kernel_size, self.pairs, dy.shape[1:3], strict=True):
@@ -52,7 +54,7 @@ class Geometry(NamedTuple):
         return _taps(_pad(dy, around, self.stride - 1), self.kernel_size, self.size, 1, self.dilation)
 
 
-def depthwise(x, kernel, geometry, form):
+def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry, form: str) -> jax.Array:
     """The depthwise convolution.
 
     Args:
@@ -73,7 +75,7 @@ def depthwise(x, kernel, geometry, form):
     return _primitives(form).bind(x.astype(dtype), kernels, geometry=geometry)
 
 
-def _wide(dtype):
+def _wide(dtype: Any) -> Any:
     # Kernels, and their gradients until they are summed, are not of half precision.
     return jnp.promote_types(dtype, "float32")
 
@@ -83,20 +85,24 @@ def _wide(dtype):
 # derivatives, and so differentiates them in either direction and to any order.
 
 
-def _compute_output(x, kernels, *, geometry):
+def _total(products: Iterable[jax.Array]) -> Any:
+    return sum(products)
+
+
+def _compute_output(x: jax.Array, kernels: jax.Array, *, geometry: Geometry) -> jax.Array:
     kernels = kernels.astype(x.dtype)[:, :, :, None, None]
-    return sum(window * kernels[:, i, j] for (i, j), window in geometry.windows(x))
+    return _total(window * kernels[:, i, j] for (i, j), window in geometry.windows(x))
 
 
-def _compute_images(dy, kernels, *, geometry):
+def _compute_images(dy: jax.Array, kernels: jax.Array, *, geometry: Geometry) -> jax.Array:
     windows = geometry.turned_windows(dy)
     kernels = kernels.astype(dy.dtype)[:, :, :, None, None]
-    return sum(window * kernels[:, -1 - i, -1 - j] for (i, j), window in windows)
+    return _total(window * kernels[:, -1 - i, -1 - j] for (i, j), window in windows)
 
 
-def _compute_kernels(x, dy, *, geometry):
+def _compute_kernels(x: jax.Array, dy: jax.Array, *, geometry: Geometry) -> jax.Array:
     # Image by image: the nine sums over one image find it in the cache.
-    def one(image):
+    def one(image: tuple[jax.Array, jax.Array]) -> jax.Array:
         pixels, gradient = (part.astype(_wide(part.dtype)) for part in image)
         return jnp.stack([(window[0] * gradient).sum((0, 1)) for _, window in geometry.windows(pixels[None])])
 
@@ -106,28 +112,28 @@ def _compute_kernels(x, dy, *, geometry):
 # For GPUs: XLA fuses each of these into one pass or a few, and sums in float32 cost nothing there.
 
 
-def _spread(kernels, count):
+def _spread(kernels: jax.Array, count: int) -> jax.Array:
     """A kernel for each of `count` images, or the one of all, to be multiplied with windows."""
     if kernels.shape[0] > 1:
         kernels = jnp.repeat(kernels, count // kernels.shape[0], 0)
     return kernels[:, :, :, None, None]
 
 
-def _fused_output(x, kernels, *, geometry):
+def _fused_output(x: jax.Array, kernels: jax.Array, *, geometry: Geometry) -> jax.Array:
     kernels = _spread(kernels, x.shape[0])
     wide = (window.astype(kernels.dtype) * kernels[:, i, j] for (i, j), window in geometry.windows(x))
-    return sum(wide).astype(x.dtype)
+    return _total(wide).astype(x.dtype)
 
 
-def _fused_images(dy, kernels, *, geometry):
+def _fused_images(dy: jax.Array, kernels: jax.Array, *, geometry: Geometry) -> jax.Array:
     kernels = _spread(kernels, dy.shape[0])
     windows = geometry.turned_windows(dy)
     wide = (window.astype(kernels.dtype) * kernels[:, -1 - i, -1 - j] for (i, j), window in windows)
-    return sum(wide).astype(dy.dtype)
+    return _total(wide).astype(dy.dtype)
 
 
-def _fused_kernels(x, dy, *, geometry):
-    def total(product):
+def _fused_kernels(x: jax.Array, dy: jax.Array, *, geometry: Geometry) -> jax.Array:
+    def total(product: jax.Array) -> jax.Array:
         if geometry.groups == 1:
             return product.sum((0, 1, 2))[None]
         n, *rest = product.shape
@@ -138,18 +144,20 @@ def _fused_kernels(x, dy, *, geometry):
     return jnp.stack(sums, 1).reshape(geometry.groups, *geometry.kernel_size, x.shape[3])
 
 
-def _primitive(name, compute):
+def _primitive(name: str, compute: Callable[..., jax.Array]) -> Primitive:
     """A primitive of JAX that is `compute`."""
     primitive = Primitive(name)
     compiled = jax.jit(compute, static_argnames="geometry")
     primitive.def_impl(compiled)
 
     @primitive.def_abstract_eval
-    def _(*operands, geometry):
+    def _(*operands: Any, geometry: Geometry) -> Any:
         # By tracing: the type says also how the result is sharded, and what it varies over in `jax.shard_map`.
         return jax.make_jaxpr(lambda *operands: compiled(*operands, geometry=geometry))(*operands).out_avals[0]
 
-    def batched(operands, axes, *, geometry):
+    def batched(
+        operands: Sequence[jax.Array], axes: Sequence[int | None], *, geometry: Geometry
+    ) -> tuple[jax.Array, int]:
         size = next(x.shape[axis] for x, axis in zip(operands, axes, strict=True) if axis is not None)
         fronts = [batching.bdim_at_front(x, axis, size) for x, axis in zip(operands, axes, strict=True)]
         geometry = geometry._replace(groups=size * geometry.groups)
@@ -162,7 +170,7 @@ def _primitive(name, compute):
 
 
 @functools.cache
-def _primitives(form):
+def _primitives(form: str) -> Primitive:
     """The convolution's primitive in a form; its derivatives are primitives in the same form."""
     computations: tuple[Callable[..., Any], ...]
     if form == "cpu":

@@ -9,6 +9,8 @@ The three functions are those that `keras_mnv2.ops.jax_depthwise` makes primitiv
 
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +26,17 @@ STRIP = 1024
 WARPS = 4
 
 
-def output(x, kernels, *, geometry, interpret=False):
+def output(x: jax.Array, kernels: jax.Array, *, geometry: Any, interpret: bool = False) -> jax.Array:
     """The convolution of images (N, height, width, C)."""
     return _convolve(x, kernels, geometry, geometry.output_size(), _met_by_output, interpret)
 
 
-def images(dy, kernels, *, geometry, interpret=False):
+def images(dy: jax.Array, kernels: jax.Array, *, geometry: Any, interpret: bool = False) -> jax.Array:
     """The images' gradient, of the output's gradient (N, height, width, C)."""
     return _convolve(dy, kernels, geometry, geometry.size, _met_by_image, interpret)
 
 
-def kernels(x, dy, *, geometry, interpret=False):
+def kernels(x: jax.Array, dy: jax.Array, *, geometry: Any, interpret: bool = False) -> jax.Array:
     """The kernels' gradient (groups, height, width, C), of images and the output's gradient."""
     n, height, width, channels = x.shape
     dtype, shape = jnp.promote_types(x.dtype, "float32"), (geometry.groups, *geometry.kernel_size, channels)
@@ -58,7 +60,14 @@ def kernels(x, dy, *, geometry, interpret=False):
     return partial.reshape(geometry.groups, -1, *shape[1:]).sum(1)
 
 
-def _convolve(source, kernels, geometry, size, met, interpret):
+def _convolve(
+    source: jax.Array,
+    kernels: jax.Array,
+    geometry: Any,
+    size: tuple[int, ...],
+    met: Callable[..., Any],
+    interpret: bool,
+) -> jax.Array:
     n, height, width, channels = source.shape
     if 0 in (*source.shape, *size):
         return jnp.zeros((n, *size, channels), source.dtype)
@@ -78,27 +87,36 @@ def _convolve(source, kernels, geometry, size, met, interpret):
     )(source, kernels).reshape(n, *size, channels)
 
 
-def _block(channels):
+def _block(channels: int) -> int:
     return min(CHANNELS, pl.next_power_of_2(channels))
 
 
-def _places(start, count, end):
+def _places(start: Any, count: int, end: int) -> tuple[jax.Array, jax.Array]:
     places = start + lax.iota("int32", count)
     return places, places < end
 
 
-def _met_by_output(place, tap, before, geometry):
+def _met_by_output(place: jax.Array, tap: int, before: int, geometry: Any) -> tuple[jax.Array, bool]:
     """On one side, the place in the image that a tap meets at a place of the output."""
     return place * geometry.stride + (tap * geometry.dilation - before), True
 
 
-def _met_by_image(place, tap, before, geometry):
+def _met_by_image(place: jax.Array, tap: int, before: int, geometry: Any) -> tuple[jax.Array, jax.Array]:
     """On one side, the place in the output at which a tap meets a place of the image, and whether there is one."""
     shifted = place + (before - tap * geometry.dilation)
     return lax.div(shifted, jnp.int32(geometry.stride)), lax.rem(shifted, jnp.int32(geometry.stride)) == 0
 
 
-def _read(ref, pixels, inside, channels, tap, width, geometry, met):
+def _read(
+    ref: Any,
+    pixels: jax.Array,
+    inside: jax.Array,
+    channels: tuple[jax.Array, jax.Array],
+    tap: tuple[int, ...],
+    width: int,
+    geometry: Any,
+    met: Callable[..., Any],
+) -> jax.Array:
     """What a tap meets in `ref` (height, width, C) at pixels in an array of that width; 0 outside."""
     rows, columns = lax.div(pixels, jnp.int32(width)), lax.rem(pixels, jnp.int32(width))
     (row, row_exists), (column, column_exists) = (
@@ -109,11 +127,11 @@ def _read(ref, pixels, inside, channels, tap, width, geometry, met):
     return _load(ref, (row[:, None], column[:, None], channels[0][None]), inside[:, None] & channels[1][None])
 
 
-def _load(ref, places, mask):
+def _load(ref: Any, places: tuple[Any, ...], mask: jax.Array) -> jax.Array:
     return triton.load(ref.at[places], mask=mask, other=0)
 
 
-def _multiply(source, kernels, y, *, geometry, width, met):
+def _multiply(source: Any, kernels: Any, y: Any, *, geometry: Any, width: int, met: Callable[..., Any]) -> None:
     block = _block(y.shape[1])
     pixels, inside = _places(pl.program_id(1) * PIXELS, PIXELS, y.shape[0])
     channels = _places(pl.program_id(2) * block, block, y.shape[1])
@@ -125,13 +143,13 @@ def _multiply(source, kernels, y, *, geometry, width, met):
     triton.store(y.at[pixels[:, None], channels[0][None]], total.astype(y.dtype), mask=mask)
 
 
-def _add_up(x, dy, sums, *, geometry, width, steps):
+def _add_up(x: Any, dy: Any, sums: Any, *, geometry: Any, width: int, steps: int) -> None:
     block = _block(dy.shape[1])
     channels = _places(pl.program_id(2) * block, block, dy.shape[1])
     taps = list(itertools.product(*map(range, geometry.kernel_size)))
     start = pl.program_id(1) * STRIP
 
-    def step(i, totals):
+    def step(i: Any, totals: list[jax.Array]) -> list[jax.Array]:
         pixels, inside = _places(start + i * PIXELS, PIXELS, dy.shape[0])
         gradient = _load(dy, (pixels[:, None], channels[0][None]), inside[:, None] & channels[1][None])
         gradient = gradient.astype(sums.dtype)

@@ -1,10 +1,10 @@
 """Where zeros go around an image before a convolution: two conventions, made explicit."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 Pairs = Sequence[tuple[int, int]]
-Padding = Literal["same", "symmetric", "valid"] | Pairs
+# "same", "symmetric", "valid", or the zeros themselves.
+Padding = str | Pairs
 PADDINGS = ("same", "symmetric")
 
 
@@ -25,10 +25,9 @@ def spatial_padding(
     Returns:
         [(top, bottom), (left, right)], or None where `"same"` depends on a size that is not known yet.
 
-    Example:
-
-    >>> spatial_padding("same", (3, 3), (224, 224), 2, 1), spatial_padding("symmetric", (3, 3), (224, 224), 2, 1)
-    ([(0, 1), (0, 1)], [(1, 1), (1, 1)])
+    Examples:
+        >>> spatial_padding("same", (3, 3), (224, 224), 2, 1), spatial_padding("symmetric", (3, 3), (224, 224), 2, 1)
+        ([(0, 1), (0, 1)], [(1, 1), (1, 1)])
     """
     if not isinstance(padding, str):
         return padding

@@ -5,10 +5,13 @@ by itself on some processors alone. Dilations go through `keras.ops`. `jit_compi
 depthwise convolution is ten times slower there.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
+from keras_mnv2.annotations import Tensor
 from keras_mnv2.ops import default
-from keras_mnv2.ops.padding import spatial_padding
+from keras_mnv2.ops.padding import Padding, spatial_padding
 
 block_in_chunks = default.block_in_chunks
 compiled = default.compiled
@@ -30,7 +33,7 @@ versions = default.versions
 settled = default.settled
 
 
-def note(output, call):
+def note(output: Tensor, call: Any) -> Tensor:
     """See `keras_mnv2.ops.default.note`: a batch norm then folds itself into the convolution before it.
 
     In a graph alone, which leaves out what nobody reads: here the convolution without the batch norm.
@@ -40,17 +43,26 @@ def note(output, call):
     return output
 
 
-def call_of(x):
+def call_of(x: Tensor) -> Any:
     """See `keras_mnv2.ops.default.call_of`."""
     return getattr(x, "_keras_mnv2_call", None)
 
 
-def folds_noted(x):
+def folds_noted(x: Tensor) -> bool:
     """See `keras_mnv2.ops.default.folds_noted`."""
     return call_of(x) is not None
 
 
-def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+def convolution(
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+    data_format: str = "channels_last",
+) -> Tensor:
     """See `keras_mnv2.ops.default.convolution`."""
     if data_format == "channels_first" and not tf.config.list_physical_devices("GPU"):
         images = tf.transpose(x, (0, 2, 3, 1))
@@ -66,7 +78,16 @@ def convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, d
     return y if bias is None else tf.nn.bias_add(y, bias)
 
 
-def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dilation=1, data_format="channels_last"):
+def depthwise_convolution(
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "same",
+    dilation: int = 1,
+    data_format: str = "channels_last",
+) -> Tensor:
     """See `keras_mnv2.ops.default.depthwise_convolution`."""
     if data_format == "channels_first" and not tf.config.list_physical_devices("GPU"):
         images = tf.transpose(x, (0, 2, 3, 1))
@@ -81,7 +102,14 @@ def depthwise_convolution(x, kernel, bias=None, *, stride=1, padding="same", dil
     return y if bias is None else tf.nn.bias_add(y, bias)
 
 
-def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", synchronized=False):
+def batch_normalization(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    epsilon: float,
+    data_format: str = "channels_last",
+    synchronized: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `keras_mnv2.ops.default.batch_normalization`."""
     if data_format == "channels_first" or x.dtype == tf.float64:
         return default.batch_normalization(x, gamma, beta, epsilon, data_format)
@@ -99,12 +127,12 @@ def batch_normalization(x, gamma, beta, epsilon, data_format="channels_last", sy
     return y, mean, variance * (count - 1) / count
 
 
-def fake_quantize(x, minimum, maximum):
+def fake_quantize(x: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     """See `keras_mnv2.ops.default.fake_quantize`. LiteRT's converter knows the operation."""
     return tf.quantization.fake_quant_with_min_max_vars(x, tf.stop_gradient(minimum), tf.stop_gradient(maximum))
 
 
-def _padded(x, kernel, stride, padding):
+def _padded(x: Tensor, kernel: Tensor, stride: int, padding: Padding) -> tuple[Tensor, str]:
     # Explicit paddings would save the copy, but the depthwise kernel aborts the process on them (2.21).
     if padding == "same":
         return x, "SAME"

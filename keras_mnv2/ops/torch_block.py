@@ -7,12 +7,13 @@ channels): a 1x1 convolution is then a matrix product with Keras's kernel as it 
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from keras_mnv2.ops.padding import spatial_padding
+from keras_mnv2.ops.padding import Padding, spatial_padding
 
 # Up to here a matrix product with its gradients takes as long as the convolution, without a permuted kernel. From 16
 # to 96 channels the convolution and its gradients take 15 ms for 28 at 200,000 rows (two x86 cores), from 64 to 384
@@ -45,16 +46,16 @@ class Step(NamedTuple):
 
     depthwise: bool
     stride: int
-    padding: Any
+    padding: Padding
     dilation: int
     relu6: bool
     epsilon: float
     momentum: float
-    moving_mean: Any
-    moving_variance: Any
+    moving_mean: torch.Tensor
+    moving_variance: torch.Tensor
 
 
-def train(steps: list, shortcut: bool, x: Any, parameters: list) -> Any:
+def train(steps: list[Step], shortcut: bool, x: torch.Tensor, parameters: list[torch.Tensor]) -> torch.Tensor:
     """The block's output; the moving statistics of `steps` follow the batch.
 
     Args:
@@ -76,13 +77,17 @@ class Window(NamedTuple):
             padded by the convolution itself: for 128 images of 2x2x384 its gradient takes 2.0 ms for 0.15.
     """
 
-    padding: list
-    around: tuple | None
+    padding: list[int]
+    around: tuple[int, int, int, int] | None
 
 
 @functools.lru_cache(1024)
-def _window(padding, kernel_size, size, stride, dilation):
-    (top, bottom), (left, right) = spatial_padding(padding, kernel_size, size, stride, dilation)  # type: ignore[misc]
+def _window(
+    padding: Padding, kernel_size: tuple[int, ...], size: tuple[int, ...], stride: int, dilation: int
+) -> Window:
+    pairs = spatial_padding(padding, kernel_size, size, stride, dilation)
+    assert pairs is not None
+    (top, bottom), (left, right) = pairs
     small = any(n < (k - 1) * dilation + 1 for n, k in zip(size, kernel_size, strict=True))
     if (top, left) == (bottom, right) and not small:
         return Window([top, left], None)
@@ -90,7 +95,7 @@ def _window(padding, kernel_size, size, stride, dilation):
 
 
 @functools.lru_cache(1024)
-def _factors(count, dtype):
+def _factors(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """count / (count - 1) and its inverse. Tensors, since PyTorch makes one of a number at each call."""
     share = (count - 1) / count
     with torch.inference_mode(False), torch.no_grad():
@@ -99,7 +104,9 @@ def _factors(count, dtype):
 
 class _Block(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, steps, shortcut, x, *parameters):
+    def forward(
+        ctx: Any, steps: list[Step], shortcut: bool, x: torch.Tensor, *parameters: torch.Tensor
+    ) -> torch.Tensor:
         shape = tuple(x.shape[:3])
         first = rows = _contiguous(x)
         images = None
@@ -136,18 +143,19 @@ class _Block(torch.autograd.Function):
         return rows.view(*shape, -1)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         steps, after = ctx.steps, ctx.shape
         parameters, saved = tensors[: 3 * len(steps)], tensors[3 * len(steps) :]
         if torch.is_grad_enabled():
             return None, None, *_differentiable_gradients(ctx, x, parameters, gradient)
         wanted = ctx.needs_input_grad[2:]
-        outer = g = _contiguous(gradient)
+        outer = _contiguous(gradient)
+        g: Any = outer
         # What the unit behind read, which is what a ReLU6 gave.
         behind = saved[-1]
         own = False
-        found = [None] * len(parameters)
+        found: list[torch.Tensor | None] = [None] * len(parameters)
         for i in range(len(steps) - 1, -1, -1):
             step, (window, weight, shape) = steps[i], ctx.calls[i]
             kernel, gamma = parameters[3 * i], parameters[3 * i + 1]
@@ -192,7 +200,9 @@ class _Block(torch.autograd.Function):
         return None, None, g.view(x.shape), *found
 
 
-def _normalize(step, x, gamma, beta):
+def _normalize(
+    step: Step, x: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows normalised by their statistics, which the moving ones follow; mean; 1 / deviation."""
     moving = step.moving_variance
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -212,7 +222,7 @@ def _normalize(step, x, gamma, beta):
     return out
 
 
-def _window_of(step, kernel, rows, shape):
+def _window_of(step: Step, kernel: torch.Tensor, rows: torch.Tensor, shape: tuple[int, ...]) -> Window | None:
     """How a unit's convolution is called, or None where it is a matrix product."""
     size = tuple(kernel.shape[:2])
     pointwise = size == (1, 1) and step.stride == 1 and not step.depthwise
@@ -222,7 +232,7 @@ def _window_of(step, kernel, rows, shape):
     return _window(step.padding, size, shape[1:], step.stride, step.dilation)
 
 
-def _weight(step, kernel, dtype, window):
+def _weight(step: Step, kernel: torch.Tensor, dtype: torch.dtype, window: Window | None) -> torch.Tensor:
     """A kernel of Keras as PyTorch's operations take it: a matrix, or (out, in / groups, height, width)."""
     kernel = kernel if kernel.dtype is dtype else kernel.to(dtype)
     if window is None:
@@ -231,18 +241,26 @@ def _weight(step, kernel, dtype, window):
     return kernel.permute(axes).contiguous() if torch.is_grad_enabled() else _copy(kernel, axes)
 
 
-def _keras_kernel(step, weight):
+def _keras_kernel(step: Step, weight: torch.Tensor) -> torch.Tensor:
     """The gradient of `_weight` for that of the kernel: contiguous too, so that autograd takes it over as it is."""
     return _copy(weight, (2, 3, 0, 1) if step.depthwise else (2, 3, 1, 0))
 
 
-def _convolution(step, images, weight, window):
+def _convolution(step: Step, images: torch.Tensor, weight: torch.Tensor, window: Window) -> torch.Tensor:
     stride, dilation = [step.stride] * 2, [step.dilation] * 2
     groups = len(weight) if step.depthwise else 1
     return torch.convolution(images, weight, None, stride, window.padding, dilation, False, [0, 0], groups)
 
 
-def _convolve_backward(step, window, gradient, images, weight, of_images, of_weight):
+def _convolve_backward(
+    step: Step,
+    window: Window,
+    gradient: torch.Tensor,
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    of_images: bool,
+    of_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the images and of the kernel; None for what is not wanted."""
     stride, dilation = [step.stride] * 2, [step.dilation] * 2
     groups, mask = len(weight) if step.depthwise else 1, [of_images, of_weight, False]
@@ -251,15 +269,16 @@ def _convolve_backward(step, window, gradient, images, weight, of_images, of_wei
     )[:2]
 
 
-def _padded(images, window):
+def _padded(images: torch.Tensor, window: Window) -> torch.Tensor:
     return F.pad(images, window.around) if window.around else images
 
 
-def _relu6_with_zeros(images, around):
+def _relu6_with_zeros(images: torch.Tensor, around: tuple[int, int, int, int]) -> torch.Tensor:
     """ReLU6 of images with zeros around them: written where the convolution reads it, not copied there."""
     left, right, top, bottom = around
     n, c, h, w = images.shape
-    size, own = (n, h + top + bottom, w + left + right, c), {"dtype": images.dtype, "device": images.device}
+    size = (n, h + top + bottom, w + left + right, c)
+    own: dict[str, Any] = {"dtype": images.dtype, "device": images.device}
     if math.prod(size) <= FEW_NUMBERS:
         padded = torch.zeros(size, **own)
     else:
@@ -271,7 +290,7 @@ def _relu6_with_zeros(images, around):
     return padded
 
 
-def _inside(images, around):
+def _inside(images: torch.Tensor, around: tuple[int, int, int, int]) -> torch.Tensor:
     """The view of NCHW images without the zeros around them."""
     left, right, top, bottom = around
     n, c, h, w = images.shape
@@ -282,7 +301,7 @@ def _inside(images, around):
     return images.as_strided(size, (h * w * c, 1, w * c, c), offset)
 
 
-def _contiguous(x):
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
     """NHWC images as rows."""
     return x.view(-1, x.shape[3]) if x.is_contiguous() else x.contiguous().view(-1, x.shape[3])
 
@@ -290,7 +309,7 @@ def _contiguous(x):
 # Each of these is one call, where `permute`, `view` and `t` are two or three.
 
 
-def _images(rows, shape):
+def _images(rows: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Rows as NCHW images, in PyTorch's channels-last format; what are images stays."""
     if rows.dim() == 4:
         return rows
@@ -298,7 +317,7 @@ def _images(rows, shape):
     return rows.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
 
 
-def _rows(images):
+def _rows(images: torch.Tensor) -> torch.Tensor:
     """NCHW images as rows; copied where they are not in the channels-last format."""
     n, c, h, w = images.shape
     if not images.is_contiguous(memory_format=torch.channels_last):
@@ -306,23 +325,25 @@ def _rows(images):
     return images.as_strided((n * h * w, c), (c, 1))
 
 
-def _transposed(matrix):
+def _transposed(matrix: torch.Tensor) -> torch.Tensor:
     rows, columns = matrix.shape
     return matrix.as_strided((columns, rows), (1, columns))
 
 
-def _permuted(x, axes):
+def _permuted(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
     strides = x.stride()
     return x.as_strided([x.shape[axis] for axis in axes], [strides[axis] for axis in axes])
 
 
-def _copy(x, axes):
+def _copy(x: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
     """`x` with its axes in another order, contiguous."""
     permuted = _permuted(x, axes)
     return torch.empty(permuted.shape, dtype=x.dtype, device=x.device).copy_(permuted)
 
 
-def _differentiable_gradients(ctx, x, parameters, gradient):
+def _differentiable_gradients(
+    ctx: Any, x: torch.Tensor, parameters: Sequence[torch.Tensor], gradient: torch.Tensor
+) -> list[torch.Tensor | None]:
     """The gradients by operations that autograd knows, computed again, where they are to be differentiated."""
     images = x.permute(0, 3, 1, 2)
     for i, step in enumerate(ctx.steps):

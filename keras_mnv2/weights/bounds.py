@@ -34,7 +34,7 @@ class Archive(zipfile.ZipFile):
         ValueError: where the members that were read would take far more than the file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         if not zipfile.is_zipfile(path):
             raise EOFError("the list at the end of its zip archive is missing")
         super().__init__(path)

@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import keras
@@ -86,11 +87,11 @@ def fetch(url: str, file_name: str, sha256: str | None = None) -> Path:
     return target
 
 
-def _record(path):
+def _record(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
-def _compare(path):
+def _compare(path: Path) -> None:
     record = _record(path)
     if not record.is_file():
         return  # Put there by hand.
@@ -103,13 +104,13 @@ def _compare(path):
         )
 
 
-def _digits(path):
+def _digits(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def _socket_timeout(seconds):
+def _socket_timeout(seconds: float) -> Iterator[None]:
     # `get_file` has no timeout of its own.
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)

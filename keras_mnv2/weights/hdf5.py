@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from keras_mnv2.annotations import PathLike
 from keras_mnv2.weights.bounds import Archive, check_claim
 
 INNER = "model.weights.h5"
@@ -24,7 +25,7 @@ _OTHER = ("kernel", "bias")
 _LONGEST_NAME = 1000
 
 
-def check_hdf5(path: str | os.PathLike) -> None:
+def check_hdf5(path: PathLike) -> None:
     """Raises an error unless an HDF5 file, or a `.keras` file's, keeps all its arrays itself.
 
     HDF5 lets a file say that an array lies in another file of this machine, which whoever reads it would open. Nothing
@@ -38,10 +39,9 @@ def check_hdf5(path: str | os.PathLike) -> None:
             two names for one group, or arrays that would take far more memory than the file; or where it is no such
             file, or truncated.
 
-    Example:
-
-    >>> MobileNetV2((32, 32, 3), alpha=0.35, weights=None).save("model.keras")
-    >>> check_hdf5("model.keras")
+    Examples:
+        >>> MobileNetV2((32, 32, 3), alpha=0.35, weights=None).save("model.keras")
+        >>> check_hdf5("model.keras")
     """
     try:
         with open_hdf5(Path(path)):
@@ -68,7 +68,7 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         yield file
 
 
-def _check_all(file, size):
+def _check_all(file: h5py.File, size: int) -> None:
     claimed, seen, groups = 0, {file}, [file]
     while groups:
         group = groups.pop()
@@ -90,7 +90,7 @@ def _check_all(file, size):
                 _check_chunks(name, item, size)
 
 
-def _claim(name, dataset):
+def _claim(name: str, dataset: h5py.Dataset) -> int:
     """The bytes that a dataset takes in memory once it is read."""
     plist = dataset.id.get_create_plist()
     if plist.get_external_count():
@@ -104,7 +104,7 @@ def _claim(name, dataset):
     return math.prod(max(sides) for sides in zip(shape, dataset.chunks or shape, strict=True)) * dataset.dtype.itemsize
 
 
-def _check_chunks(name, dataset, size):
+def _check_chunks(name: str, dataset: h5py.Dataset, size: int) -> None:
     """HDF5 unpacks a chunk to the end, however far that is beyond what the chunk should have."""
     if dataset.compression is None:
         return
@@ -149,7 +149,7 @@ def hdf5_arrays(file: h5py.File) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _keras2(group):
+def _keras2(group: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
     """The groups say what the attributes beside them say again: `layer/layer/variable:0`."""
     for layer, inner in group.items():
         found: dict[tuple[str, str], h5py.Dataset] = {}
@@ -163,7 +163,7 @@ def _keras2(group):
             yield f"{layer}{below}/{variable}", item
 
 
-def _datasets(item, path):
+def _datasets(item: h5py.Group | h5py.Dataset, path: str) -> Iterator[tuple[str, h5py.Dataset]]:
     if isinstance(item, h5py.Dataset):
         yield path, item
     else:
@@ -171,7 +171,7 @@ def _datasets(item, path):
             yield from _datasets(child, f"{path}/{key}".lstrip("/"))
 
 
-def _keras3(group, path):
+def _keras3(group: h5py.Group, path: str) -> Iterator[tuple[str, h5py.Dataset]]:
     """Keras 3 numbers variables and names layers by class; the layers' own names are attributes."""
     for key, child in group.items():
         if key == "vars":
@@ -186,7 +186,7 @@ def _keras3(group, path):
             yield from _keras3(child, f"{path}{key}/")
 
 
-def _own_name(layer):
+def _own_name(layer: h5py.Group) -> str | None:
     attributes = layer["vars"].attrs if "vars" in layer else None
     # A list of names could repeat one long one beyond all memory.
     if attributes is None or "name" not in attributes or attributes.get_id("name").shape != ():

@@ -3,7 +3,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from safetensors.numpy import save_file
 
+from keras_mnv2.annotations import PathLike
 from keras_mnv2.arguments import check_choice, check_flag, check_model, check_path
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual
 from keras_mnv2.weights.rename import LAYOUTS, Block, file_names, from_keras, later_blocks, to_keras
@@ -33,7 +34,7 @@ _ENDS = {
 
 
 def load_weights(
-    model: keras.Model, weights: str | os.PathLike, skip_classifier: bool = False, averaged: bool | None = None
+    model: keras.Model, weights: PathLike, skip_classifier: bool = False, averaged: bool | None = None
 ) -> None:
     """Loads a checkpoint of any library into a model that `MobileNetV2` made.
 
@@ -58,11 +59,10 @@ def load_weights(
             keeps the weights that it had.
         ConnectionError: where a checkpoint cannot be downloaded.
 
-    Example:
-
-    >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None)
-    >>> save_weights(model, "mobilenet.safetensors", layout="torchvision")
-    >>> load_weights(model, "mobilenet.safetensors")
+    Examples:
+        >>> model = MobileNetV2((32, 32, 3), alpha=0.35, weights=None)
+        >>> save_weights(model, "mobilenet.safetensors", layout="torchvision")
+        >>> load_weights(model, "mobilenet.safetensors")
     """
     check_model("model", model)
     skip_classifier = check_flag("skip_classifier", skip_classifier)
@@ -130,7 +130,7 @@ def load_source(model: keras.Model, source: Source, skip_classifier: bool = Fals
         print(f"{source.path.name}: loaded without {_some(left)}, which the model has no place for.")
 
 
-def save_weights(model: keras.Model, path: str | os.PathLike, layout: str = "keras") -> None:
+def save_weights(model: keras.Model, path: PathLike, layout: str = "keras") -> None:
     """Writes the weights of a model that `MobileNetV2` made in the layout of another library.
 
     Its own model takes the file: `torchvision.models.mobilenet_v2().load_state_dict(torch.load(path))`,
@@ -149,9 +149,8 @@ def save_weights(model: keras.Model, path: str | os.PathLike, layout: str = "ker
         ValueError: on an unknown layout, a suffix that does not fit, or a model of other layers.
         ImportError: where PyTorch is needed and not installed.
 
-    Example:
-
-    >>> save_weights(MobileNetV2((32, 32, 3), alpha=0.35, weights=None), "weights.h5", layout="keras")
+    Examples:
+        >>> save_weights(MobileNetV2((32, 32, 3), alpha=0.35, weights=None), "weights.h5", layout="keras")
     """
     check_model("model", model)
     check_choice("layout", layout, WRITTEN)
@@ -192,14 +191,14 @@ def model_variables(model: keras.Model) -> dict[str, Any] | None:
     return variables if len(variables) == len(model.weights) and "stem/kernel" in variables else None
 
 
-def _conv_variables(name, conv):
+def _conv_variables(name: str, conv: ConvNormActivation) -> dict[str, Any]:
     variables = {f"{name}/{v.name}": v for v in (conv.kernel, conv.bias) if v is not None}
     if conv.norm is not None:
         variables |= {f"{name}/norm/{v.name}": v for v in conv.norm.weights}
     return variables
 
 
-def _own_name(layer_name):
+def _own_name(layer_name: str) -> str:
     """This package's name of a layer of one operation, such as `block_1/expand/norm` of `block_1_expand_BN`."""
     if layer_name in _ENDS:
         return _ENDS[layer_name]
@@ -210,7 +209,7 @@ def _own_name(layer_name):
     return f"{block}/{match[2]}" + ("/norm" if match[3] else "")
 
 
-def _blocks(model):
+def _blocks(model: keras.Model) -> list[Block]:
     """Blocks with their stages: the first of a stage is the one that adds no input."""
     names = {layer.name for layer in model.layers}
     found: dict[str, tuple[bool, bool]] = {}
@@ -227,7 +226,7 @@ def _blocks(model):
     return blocks
 
 
-def _known(variables):
+def _known(variables: Mapping[str, Any]) -> bool:
     """Whether these are the variables of a network with batch norms, or with group norms, in each place."""
     kernels = [name.removesuffix("/kernel") for name in variables if name.endswith("/kernel")]
     top = {"predictions/bias"} if "predictions" in kernels else set()
@@ -239,15 +238,15 @@ def _known(variables):
     return False
 
 
-def _unit(name):
+def _unit(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _some(keys):
+def _some(keys: Sequence[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def _load_as_keras_does(model, path):
+def _load_as_keras_does(model: keras.Model, path: Path) -> None:
     before = model.get_weights()
     try:
         model.load_weights(path)
@@ -256,9 +255,12 @@ def _load_as_keras_does(model, path):
         raise ValueError(f"The file {str(path)!r} does not fit the model: {str(error).splitlines()[0]}") from error
 
 
-def _write(path, arrays):
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes beside, and moves into place."""
-    writers: dict[str, Callable] = {".safetensors": _write_safetensors, ".h5": _write_h5}
+    writers: dict[str, Callable[[Path, dict[str, np.ndarray]], None]] = {
+        ".safetensors": _write_safetensors,
+        ".h5": _write_h5,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
         part = Path(scratch) / path.name
@@ -266,12 +268,12 @@ def _write(path, arrays):
         os.replace(part, path)
 
 
-def _write_safetensors(path, arrays):
+def _write_safetensors(path: Path, arrays: dict[str, np.ndarray]) -> None:
     # transformers refuses files that do not say which framework's axes they have.
     save_file(arrays, path, metadata={"format": "pt"})
 
 
-def _write_torch(path, arrays):
+def _write_torch(path: Path, arrays: dict[str, np.ndarray]) -> None:
     try:
         import torch
     except ImportError:
@@ -281,7 +283,7 @@ def _write_torch(path, arrays):
     torch.save({name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}, path)
 
 
-def _write_h5(path, arrays):
+def _write_h5(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """The HDF5 form of Keras 2, which `keras.applications` reads: layers in order, each with its weights."""
     layers: dict[str, list[str]] = {}
     for name in arrays:

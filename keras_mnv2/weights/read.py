@@ -1,11 +1,13 @@
 """Named arrays out of files of weights, whatever their format, without the library that wrote them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, deserialize
 
+from keras_mnv2.annotations import PathLike
 from keras_mnv2.weights.bounds import Archive
 from keras_mnv2.weights.hdf5 import INNER, hdf5_arrays, open_hdf5
 from keras_mnv2.weights.torch_file import read_torch_file
@@ -20,7 +22,7 @@ _DTYPES = {
 _LONGEST_REASON = 300
 
 
-def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+def read_arrays(path: PathLike) -> dict[str, np.ndarray]:
     """Reads every array of a file of weights.
 
     The format is told by the file's first bytes: safetensors; HDF5 (Keras's `.h5` and `.weights.h5`);
@@ -54,7 +56,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read(path):
+def _read(path: Path) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         start = file.read(9)
     # First: the length of safetensors' header, before its "{", may look like the start of a pickle.
@@ -70,12 +72,12 @@ def _read(path):
     raise ValueError("it is neither safetensors, nor HDF5, nor a zip archive, nor a file of PyTorch")
 
 
-def _is_keras(path):
+def _is_keras(path: Path) -> bool:
     with Archive(path) as archive:
         return INNER in archive.namelist()
 
 
-def _safetensors(path):
+def _safetensors(path: Path) -> dict[str, np.ndarray]:
     data = path.read_bytes()
     try:
         return {name: _array(name, **found) for name, found in deserialize(data)}
@@ -88,7 +90,7 @@ def _safetensors(path):
         raise EOFError("it ends within its numbers") if 8 + length + end > len(data) else error from None
 
 
-def _array(name, shape, dtype, data):
+def _array(name: str, shape: Sequence[int], dtype: str, data: bytes) -> np.ndarray:
     if dtype not in _DTYPES:
         raise ValueError(f"{name} holds values of type {dtype}")
     values = np.frombuffer(data, _DTYPES[dtype])

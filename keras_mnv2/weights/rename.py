@@ -76,7 +76,7 @@ class Layout:
     prefixes: tuple[str, ...] = ("",)
 
 
-def _torchvision(kind, blocks, number, part):
+def _torchvision(kind: str, blocks: Sequence[Block], number: int, part: int) -> tuple[str, str]:
     if kind != "block":
         base = f"features.{0 if kind == 'stem' else len(blocks) + 1}"
         return f"{base}.0", f"{base}.1"
@@ -86,14 +86,14 @@ def _torchvision(kind, blocks, number, part):
     return base, f"features.{number + 1}.conv.{part + 1}"
 
 
-def _sequential(kind, blocks, number, part):
+def _sequential(kind: str, blocks: Sequence[Block], number: int, part: int) -> tuple[str, str]:
     if kind != "block":
         return _torchvision(kind, blocks, number, part)
     # A convolution, its batch norm and its activation follow each other.
     return f"features.{number + 1}.conv.{3 * part}", f"features.{number + 1}.conv.{3 * part + 1}"
 
 
-def _timm(kind, blocks, number, part):
+def _timm(kind: str, blocks: Sequence[Block], number: int, part: int) -> tuple[str, str]:
     if kind != "block":
         return ("conv_stem", "bn1") if kind == "stem" else ("conv_head", "bn2")
     block = blocks[number]
@@ -102,7 +102,7 @@ def _timm(kind, blocks, number, part):
     return f"{base}.{convs[part]}", f"{base}.bn{part + 1}"
 
 
-def _transformers(kind, blocks, number, part):
+def _transformers(kind: str, blocks: Sequence[Block], number: int, part: int) -> tuple[str, str]:
     if kind == "block":
         base = f"layer.{number - 1}" if number else "conv_stem"
         inner = {"expand": "expand_1x1", "depthwise": "conv_3x3", "project": "reduce_1x1"}[blocks[number].parts[part]]
@@ -112,21 +112,21 @@ def _transformers(kind, blocks, number, part):
     return f"{base}.convolution", f"{base}.normalization"
 
 
-def _keras(kind, blocks, number, part):
+def _keras(kind: str, blocks: Sequence[Block], number: int, part: int) -> tuple[str, str]:
     if kind != "block":
         return ("Conv1", "bn_Conv1") if kind == "stem" else ("Conv_1", "Conv_1_bn")
     base = f"{f'block_{number}' if number else 'expanded_conv'}_{blocks[number].parts[part]}"
     return base, f"{base}_BN"
 
 
-def _keras_2018(kind, blocks, number, part):
+def _keras_2018(kind: str, blocks: Sequence[Block], number: int, part: int) -> tuple[str, str]:
     if kind != "block":
         return _keras(kind, blocks, number, part)
     inner = blocks[number].parts[part]
     return f"mobl{number}_conv_{number}_{inner}", f"bn{number}_conv_{number}_bn_{inner}"
 
 
-def _own(kind, blocks, number, part):
+def _own(kind: str, blocks: Sequence[Block], number: int, part: int) -> tuple[str, str]:
     base = f"block_{number}/{blocks[number].parts[part]}" if kind == "block" else kind
     return base, f"{base}/norm"
 
@@ -315,5 +315,5 @@ def from_keras(array: np.ndarray, role: str, layout: Layout) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _belongs(key, base):
+def _belongs(key: str, base: str) -> bool:
     return re.fullmatch(rf"{re.escape(base)}[./](weight|kernel)", key) is not None

@@ -2,11 +2,13 @@
 
 import os
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from keras_mnv2.annotations import PathLike
 from keras_mnv2.weights.fetch import fetch
 from keras_mnv2.weights.read import read_arrays
 from keras_mnv2.weights.rename import LAYOUTS, Layout, file_names, find_networks, later_blocks
@@ -34,7 +36,7 @@ class Source:
     layout: Layout
 
 
-def checkpoint_of(weights: str | os.PathLike) -> Checkpoint | None:
+def checkpoint_of(weights: PathLike) -> Checkpoint | None:
     """The published checkpoint that `weights` names, or None where it is a path or another hf:// address.
 
     Raises:
@@ -47,7 +49,7 @@ def checkpoint_of(weights: str | os.PathLike) -> Checkpoint | None:
     return None if isinstance(text, str) and Path(text).is_file() else find_checkpoint(text)
 
 
-def read_source(weights: str | os.PathLike | Checkpoint | Source, averaged: bool | None = None) -> Source:
+def read_source(weights: PathLike | Checkpoint | Source, averaged: bool | None = None) -> Source:
     """Fetches and reads a checkpoint: a record of the table, an hf:// address, a path, or one that was read.
 
     Where the file holds more than one network, a line says which is taken; another, where the network is a part of
@@ -112,7 +114,7 @@ def check_channels(source: Source | Checkpoint, channels: int) -> None:
         raise ValueError(f"input_shape must have {wanted} channels with the weights {name!r}, got {channels}.")
 
 
-def _choose(path, prefixes, arrays, averaged):
+def _choose(path: Path, prefixes: Sequence[str], arrays: dict[str, np.ndarray], averaged: bool | None) -> str:
     """Which of the networks in a file is meant."""
     means = [prefix for prefix in prefixes if _is_averaged(prefix, arrays)]
     raw = [prefix for prefix in prefixes if prefix not in means]
@@ -140,28 +142,28 @@ def _choose(path, prefixes, arrays, averaged):
     return prefix
 
 
-def _is_averaged(prefix, arrays):
+def _is_averaged(prefix: str, arrays: dict[str, np.ndarray]) -> bool:
     """timm's scripts name it state_dict_ema, torchvision's model_ema; PyTorch's AveragedModel counts its models."""
     within = prefix.removesuffix("module.")
-    return _AVERAGED.search(prefix) or f"{within}n_averaged" in arrays
+    return _AVERAGED.search(prefix) is not None or f"{within}n_averaged" in arrays
 
 
-def _quoted(prefixes):
+def _quoted(prefixes: Sequence[str]) -> str:
     return ", ".join(repr(prefix.rstrip("./")) for prefix in prefixes)
 
 
-def _own(layout, keys):
+def _own(layout: Layout, keys: Collection[str]) -> set[str]:
     """Those of the keys whose layer is one of the network's own."""
     names = file_names(layout, later_blocks(layout, keys, 0), True, True, keys)
     units = {_unit(array.key) for array in names.values()}
     return {key for key in keys if _unit(key) in units or re.match(layout.block, key)}
 
 
-def _unit(key):
+def _unit(key: str) -> str:
     return key.partition("/")[0]
 
 
-def _tell(path, prefix, layout, left):
+def _tell(path: Path, prefix: str, layout: Layout, left: dict[str, np.ndarray]) -> None:
     """Says what is taken of a file that is more than a network, and what is left."""
     if layout.torch:
         # Beside the network, not what a training script keeps besides.
@@ -180,7 +182,7 @@ def _tell(path, prefix, layout, left):
         print(f"{path.name}: the MobileNetV2 {where}is taken{without if heads else ''}.")
 
 
-def _check_numbers(path, arrays, taken):
+def _check_numbers(path: Path, arrays: dict[str, np.ndarray], taken: Collection[str]) -> None:
     """Refuses a file of quantised weights, whose numbers mean nothing without the layers around them."""
     told = f"The file {str(path)!r} holds a quantised model, which keras.models.load_model loads whole"
     for key, value in arrays.items():
@@ -190,7 +192,7 @@ def _check_numbers(path, arrays, taken):
             raise ValueError(f"{told}: {key} has integers ({value.dtype}) where a network has weights.")
 
 
-def _fetch_from_hub(address):
+def _fetch_from_hub(address: str) -> Path:
     match = re.fullmatch(r"hf://([\w.-]+)/([\w.-]+)(?:/([\w./-]+))?", address)
     if match is None or ".." in address:
         raise ValueError(

@@ -5,6 +5,7 @@ import fnmatch
 import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from keras_mnv2.arguments import check_choice, check_flag, check_positive, check_whole
 
@@ -120,7 +121,7 @@ _TENSORFLOW = {
 }
 
 
-def _keras(alpha, size, top):
+def _keras(alpha: float, size: int, top: bool) -> Checkpoint:
     suffix = "" if top else "_no_top"
     top1, top5 = _TENSORFLOW[alpha, size]
     return Checkpoint(
@@ -141,7 +142,7 @@ def _keras(alpha, size, top):
     )
 
 
-def _torchvision(version, sha256, resize, top1, top5):
+def _torchvision(version: str, sha256: str, resize: int, top1: float, top5: float) -> Checkpoint:
     return Checkpoint(
         name=f"torchvision/IMAGENET1K_{version}",
         url=f"https://download.pytorch.org/models/mobilenet_v2-{sha256[:8]}.pth",
@@ -158,7 +159,7 @@ def _torchvision(version, sha256, resize, top1, top5):
     )
 
 
-def _timm(name, sha256, alpha, top1, top5, **depth):
+def _timm(name: str, sha256: str | None, alpha: float, top1: float, top5: float, **depth: Any) -> Checkpoint:
     return Checkpoint(
         name=f"timm/{name}",
         url=f"https://huggingface.co/timm/{name}/resolve/main/model.safetensors",
@@ -176,7 +177,7 @@ def _timm(name, sha256, alpha, top1, top5, **depth):
     )
 
 
-def _transformers(alpha, size, url, sha256):
+def _transformers(alpha: float, size: int, url: str, sha256: str | None) -> Checkpoint:
     top1, top5 = _TENSORFLOW[alpha, size]
     return Checkpoint(
         name=f"transformers/google/mobilenet_v2_{alpha}_{size}",
@@ -259,10 +260,9 @@ def list_weights(
     Raises:
         ValueError: on an unknown library, a pattern that is no text, or another value that is none of its kind.
 
-    Example:
-
-    >>> [checkpoint.name for checkpoint in list_weights(library="torchvision")]
-    ['torchvision/IMAGENET1K_V1', 'torchvision/IMAGENET1K_V2']
+    Examples:
+        >>> [checkpoint.name for checkpoint in list_weights(library="torchvision")]
+        ['torchvision/IMAGENET1K_V1', 'torchvision/IMAGENET1K_V2']
     """
     if library is not None:
         check_choice("library", library, LIBRARIES)

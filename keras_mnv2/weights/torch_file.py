@@ -5,7 +5,7 @@ import functools
 import io
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -44,7 +44,7 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
         return _read_legacy(file)
 
 
-def _read_zip(archive: Archive):
+def _read_zip(archive: Archive) -> dict[str, np.ndarray]:
     names = [name for name in archive.namelist() if name.endswith("data.pkl") and name.count("/") <= 1]
     if len(names) != 1:
         raise ValueError("it is a zip file with neither PyTorch's data.pkl nor Keras's model.weights.h5")
@@ -57,11 +57,11 @@ def _read_zip(archive: Archive):
     return _named(machine.run(Bounded(io.BytesIO(data), len(data))))
 
 
-def _read_legacy(file: BinaryIO):
+def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
     bounded = Bounded(file, os.fstat(file.fileno()).st_size)
     storages: dict[str, Storage] = {}
 
-    def load():
+    def load() -> Any:
         return Machine(lambda pid: named_storage(pid, storages)).run(bounded)
 
     if load() != LEGACY_MAGIC:
@@ -78,11 +78,11 @@ def _read_legacy(file: BinaryIO):
     return _named(saved)
 
 
-def _given(data):
+def _given(data: bytearray) -> bytearray:
     return data
 
 
-def _named(saved):
+def _named(saved: Any) -> dict[str, np.ndarray]:
     """The tensors of a dictionary, and of those inside it, each of which is walked once."""
     found, seen, todo = {}, set(), collections.deque([("", saved, "/")])
     while todo:
@@ -108,7 +108,7 @@ def _named(saved):
     return found
 
 
-def _kind(saved):
+def _kind(saved: Any) -> str:
     if isinstance(saved, Unknown):
         return f"a {saved.name}"
     if isinstance(saved, Tensor):

@@ -3,7 +3,7 @@
 import functools
 import math
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -38,7 +38,7 @@ def widened(halves: np.ndarray) -> np.ndarray:
 class Unknown(dict):
     """Stands for a name of the file, and for what that would make: with its items, in case it was a dictionary."""
 
-    def __init__(self, name):
+    def __init__(self, name: str) -> None:
         super().__init__()
         self.name, self.state = name, None
 
@@ -46,12 +46,12 @@ class Unknown(dict):
 class Storage:
     """The numbers that tensors are views of; `read` gives their bytes."""
 
-    def __init__(self, dtype: str, length: int, read: Callable[[], Any] | None = None):
+    def __init__(self, dtype: str, length: int, read: Callable[[], Any] | None = None) -> None:
         self.dtype, self.length, self.read = dtype, length, read
         self.itemsize = 2 if dtype == _BFLOAT16 else np.dtype(dtype).itemsize
 
     @functools.cached_property
-    def values(self):
+    def values(self) -> np.ndarray:
         if self.read is None:
             raise ValueError("a tensor has a storage that the file lacks")
         data = self.read()
@@ -61,10 +61,10 @@ class Storage:
 class Tensor:
     """A view of a storage, by shape and strides in elements."""
 
-    def __init__(self, storage, offset, shape, strides):
+    def __init__(self, storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
         self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
 
-    def array(self):
+    def array(self) -> np.ndarray:
         values = self.storage.values
         axes = [axes for axes in (self.shape, self.strides) if isinstance(axes, tuple) and len(axes) <= _MOST_AXES]
         numbers = (self.offset, *sum(axes, ()))
@@ -83,7 +83,7 @@ class Tensor:
 class Bounded:
     """A file that is asked for no more than it has: a pickle may say that a text of gigabytes follows."""
 
-    def __init__(self, file: BinaryIO, size: int):
+    def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.ended = file, size, False
         self.tell, self.readline = file.tell, file.readline
 
@@ -107,7 +107,7 @@ class Machine:
         storage: gives what a persistent id stands for, mostly a storage.
     """
 
-    def __init__(self, storage: Callable[[Any], Any]):
+    def __init__(self, storage: Callable[[Any], Any]) -> None:
         self.storage = storage
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -116,6 +116,7 @@ class Machine:
     def run(self, file: Bounded) -> Any:
         """What the next pickle of a file makes."""
         try:
+            # It reads and asks where it is: `Bounded` need not be a whole file.
             for count, (operation, value, _) in enumerate(pickletools.genops(file)):  # type: ignore[arg-type]
                 if count > _MOST_OPERATIONS:
                     raise ValueError(f"it has more than {_MOST_OPERATIONS} operations")
@@ -127,7 +128,7 @@ class Machine:
                 raise EOFError("it ends within a pickle") from error
             raise error if isinstance(error, ValueError) else ValueError("its pickle is corrupt") from error
 
-    def _do(self, name, value):
+    def _do(self, name: str, value: Any) -> None:
         stack, pop = self.stack, self.stack.pop
         if name in _VALUES:
             stack.append(value)
@@ -180,7 +181,7 @@ class Machine:
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"it has the operation {name}, which no file of tensors needs")
 
-    def _marked(self):
+    def _marked(self) -> list[Any]:
         """Takes what lies above the last mark."""
         start = self.marks.pop()
         items = self.stack[start:]
@@ -195,7 +196,7 @@ _VALUES = {
 }
 
 
-def _nothing(*_):
+def _nothing(*_: Any) -> Unknown:
     return Unknown("builtins.set")
 
 
@@ -210,12 +211,12 @@ _CONSTANTS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _dictionary(items):
+def _dictionary(items: Sequence[Any]) -> dict[str, Any]:
     """Of keys and values in turn; only texts are names, and nothing else is worth hashing."""
     return {key: value for key, value in zip(items[::2], items[1::2], strict=True) if isinstance(key, str)}
 
 
-def _made(function, arguments):
+def _made(function: Any, arguments: Any) -> Any:
     """What a call in a pickle would give, where that is a tensor or a dictionary."""
     if not isinstance(function, Unknown) or not isinstance(arguments, tuple):
         raise ValueError("it calls what is no name")
@@ -236,7 +237,7 @@ def _made(function, arguments):
     return Unknown(function.name)
 
 
-def named_storage(pid, storages, read=None):
+def named_storage(pid: Any, storages: dict[str, Storage], read: Callable[[str], Any] | None = None) -> Any:
     """The storage that a persistent id names, each once; or the class of a module that was saved whole."""
     if pid[0] == "module":
         return pid[1]

@@ -75,7 +75,7 @@ def widths_of(source: Source) -> Widths | None:
     if len(places) > _MOST_BLOCKS:
         return None
 
-    def kernels(blocks, number):
+    def kernels(blocks: Sequence[Block], number: int) -> list[tuple[int, ...]] | None:
         names = file_names(layout, blocks, False, False, arrays)
         keys = [names[f"block_{number}/{part}/kernel"] for part in blocks[number].parts]
         if all(array.key in arrays and arrays[array.key].ndim == 4 for array in keys):
@@ -101,7 +101,9 @@ def widths_of(source: Source) -> Widths | None:
     return Widths(to_keras(stem, "conv", layout).shape[3], tuple(found), last)
 
 
-def _candidates(choice, count, whole, setting) -> Iterator[tuple[float, float, bool]]:
+def _candidates(
+    choice: Sequence[Any], count: int, whole: bool, setting: Sequence[Sequence[float]] | None
+) -> Iterator[tuple[float, float, bool]]:
     """Values to try, of which those are fixed that are not None."""
     alpha, depth, fixed = choice
     depths = []

@@ -5,8 +5,6 @@ import doctest
 import importlib
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -14,15 +12,16 @@ import numpy as np
 import pytest
 
 import keras_mnv2
-from tests.conftest import ONCE, once
+from tests.conftest import ONCE
 from tests.helpers import run_python
 
 ROOT = Path(__file__).parents[2]
 # Each module imports only from floors below its own (docs/architecture.md).
 FLOORS = {
+    "annotations": 0,
     "arguments": 0,
     "backend": 0,
-    "initializers": 0,
+    "initializers": 1,
     "ops.padding": 0,
     "architecture": 1,
     "ops.default": 1,
@@ -163,15 +162,6 @@ def test_the_examples_of_docstrings_run(name, tmp_path, monkeypatch):
     module = importlib.import_module(f"keras_mnv2.{name}".rstrip("."))
     names = {**{n: getattr(keras_mnv2, n) for n in keras_mnv2.__all__}, **vars(module), "np": np}
     assert doctest.testmod(module, globs=names).failed == 0
-
-
-@once
-def test_readmes_python_blocks_run(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
 
 
 def test_readme_is_short_and_has_two_set_up_commands():

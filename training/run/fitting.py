@@ -19,7 +19,7 @@ from ..config import Config
 from ..data.inputs import Inputs
 from ..state import checkpoints
 from ..state.run_folder import Run
-from .optimizers import compile_model
+from .optimizers import compile_model, use_average
 from .progress import Progress
 from .saving import Saver
 from .validation import validate
@@ -86,8 +86,7 @@ def fit(
                     verbose=0,
                 )
             if config.ema is not None:
-                # What follows sees the average, as `fit` leaves it, too.
-                model.optimizer.finalize_variable_values(model.trainable_variables)
+                use_average(model)
             with saver.saved_when_stopped():
                 logs = {**saver.logs, **validate(run, config, model, inputs.validation)}
             logs |= progress.end(logs)

@@ -1,6 +1,7 @@
 """The optimiser of a recipe, and its learning rates over the steps."""
 
 import keras
+import numpy as np
 
 from ..config import Config
 from ..parallel import engines
@@ -45,6 +46,14 @@ def make_optimizer(config: Config, steps: int) -> keras.optimizers.Optimizer:
         # Decay and epsilon of the authors' training script (tensorflow/models, research/slim).
         optimizer = keras.optimizers.RMSprop(rates, rho=0.9, momentum=config.momentum, epsilon=1.0, **ema)
     return optimizer
+
+
+def use_average(model: keras.Model) -> None:
+    """Puts the average of the weights in their place, which `fit` of Keras does too, at its end."""
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    if keras.backend.backend() == "jax":
+        # Keras 3.15 leaves both in one buffer, which the next call gives away: findings/keras-jax-ema-one-buffer.sh.
+        model.set_weights([np.array(weight) for weight in model.get_weights()])
 
 
 class Warmup(keras.optimizers.schedules.LearningRateSchedule):

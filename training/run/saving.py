@@ -152,7 +152,8 @@ class Saver:
         self.logs = dict(logs)
         if self.config.ema is not None:
             self._synchronize()
-            self.trained = self.model.get_weights()
+            # Copies: on a CPU an array may be a view of what the next step overwrites.
+            self.trained = [np.array(weight) for weight in self.model.get_weights()]
 
     def _take(self, step, logs):
         self._synchronize()

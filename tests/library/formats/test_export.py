@@ -1,8 +1,6 @@
 import importlib.metadata
 import importlib.util
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,104 +13,21 @@ import pytest
 
 import keras_mnv2
 from tests.conftest import once, once_on
-from tests.helpers import note, randomise
+from tests.exports import FORMATS, LABELS, marks_of, small
+from tests.helpers import note
 
-ROOT = Path(__file__).parents[3]
-FORMATS = [
-    ("tf_saved_model", "float32", "model"),
-    ("onnx", "float32", "model.onnx"),
-    ("litert", "float32", "model.tflite"),
-    ("litert", "float16", "model.tflite"),
-    ("litert", "dynamic_int8", "model.tflite"),
-    ("litert", "int8", "model.tflite"),
-    ("openvino", "float32", "model.xml"),
-    ("torch", "float32", "model.pt2"),
-]
-# Each format on one backend, and each way to it: from this process, and through another.
-HERE = {
-    "tensorflow": ("tf_saved_model", "onnx", "openvino", "litert float16"),
-    "jax": ("tf_saved_model", "torch", "litert int8"),
-    "torch": ("torch", "onnx", "litert float32", "litert dynamic_int8", "litert int8"),
-}[keras.backend.backend()]
-MATRIX = [
-    pytest.param(*row, marks=[] if {row[0], f"{row[0]} {row[1]}"} & set(HERE) else pytest.mark.slow) for row in FORMATS
-]
-ROWS = [(1, 16, 1, 1), (6, 24, 2, 2)]
+MATRIX = [pytest.param(*row, marks=marks_of(*row[:2])) for row in FORMATS]
 # Most that is lost of float32: largest difference, mean absolute error, share of images with another class.
 LOSSES = {"float32": (5e-5, 5e-6, 0), "float16": (0.01, 1e-3, 0.03), "dynamic_int8": (0.1, 0.01, 0.1)}
-LABELS = ["dress", "hat", "Hose", "long sleeve", "štěně"]
 # A format that the backend writes in this process, or on JAX a cheap one.
 NATIVE = ("torch", "model.pt2") if keras.backend.backend() == "torch" else ("tf_saved_model", "model")
 LOSSES["int8"] = (0.3, 0.03, 0.2)
 
 
-def small(**arguments):
-    return keras_mnv2.MobileNetV2(
-        **{
-            "input_shape": (32, 32, 3),
-            "inverted_residual_setting": ROWS,
-            "alpha": 0.35,
-            "weights": None,
-            "classes": 5,
-            **arguments,
-        }
-    )
-
-
-def pictures(rng, count=48):
-    """Raw images with large shapes, whose scores differ more than those of noise."""
-    coarse = rng.uniform(0, 255, (count, 4, 4, 3))
-    return coarse.repeat(8, axis=1).repeat(8, axis=2).astype("float32")
-
-
-@pytest.fixture(scope="module")
-def decided():
-    """A model with in-model preprocessing that decides clearly between its classes, and images."""
-    rng = np.random.default_rng(1)
-    keras.utils.set_random_seed(0)
-    # In the order in which the compact form draws its numbers: what 8 and 16 bits lose depends on them.
-    compact, images = small(include_preprocessing=True, block=keras_mnv2.layers.InvertedResidual), pictures(rng)
-    randomise(compact, rng, images)
-    model = small(include_preprocessing=True)
-    model.set_weights(compact.get_weights())
-    features = keras.Model(model.inputs, model.get_layer("predictions").input).predict(images, verbose=0)
-    kernel = rng.normal(0, 1, (features.shape[1], 5))
-    scores = (features - features.mean(0)) @ kernel
-    kernel *= 4 / scores.std(0)
-    model.get_layer("predictions").set_weights([kernel, -features.mean(0) @ kernel])
-    assert np.bincount(model.predict(images, verbose=0).argmax(1), minlength=5).min() > 2
-    return model, images
-
-
-@pytest.fixture(scope="module")
-def exported(decided, tmp_path_factory):
-    """Exports that model when a format is first asked for: a function from format and precision to the report."""
-
-    def once(format, precision="float32"):
-        if (format, precision) in reports:
-            return reports[format, precision]
-        model, images = decided
-        name = next(name for f, _, name in FORMATS if f == format)
-        reports[format, precision] = keras_mnv2.export(
-            model,
-            tmp_path_factory.mktemp("exported") / "out" / name,
-            format,
-            precision=precision,
-            calibration=images if precision == "int8" else None,
-            labels=LABELS if format == "tf_saved_model" else None,
-            sample=images,
-        )
-        return reports[format, precision]
-
-    reports = {}
-    return once
-
-
 @pytest.mark.parametrize(("format", "precision", "name"), MATRIX)
-def test_every_format_gives_the_models_numbers_in_its_own_runtime(format, precision, name, decided, exported, capsys):
+def test_every_format_gives_the_models_numbers_in_its_own_runtime(format, precision, name, decided, exported):
     model, images = decided
     report = exported(format, precision)
-    assert str(report) in capsys.readouterr().out
     folder = report.path.parent
     assert {file.name for file in folder.iterdir()} == ({name, "model.bin"} if format == "openvino" else {name})
     assert report.size == sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
@@ -458,33 +373,6 @@ def test_load_export_names_what_it_can_load(tmp_path):
             keras_mnv2.load_export(tmp_path / name)
     with pytest.raises(ValueError, match="path must be a path, got 5"):
         keras_mnv2.load_export(5)
-
-
-@pytest.mark.slow
-def test_the_documentations_code_runs_without_keras(decided, exported, tmp_path):
-    images = decided[1][:6]
-    np.save(tmp_path / "images.npy", images)
-    for name, asked in {
-        "mobilenet": ("tf_saved_model",),
-        "mobilenet.onnx": ("onnx",),
-        "mobilenet.tflite": ("litert", "float16"),
-        "mobilenet_int8.tflite": ("litert", "int8"),
-        "mobilenet.xml": ("openvino",),
-        "mobilenet.pt2": ("torch",),
-    }.items():
-        path = exported(*asked).path
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / name)
-    shutil.copy(exported("openvino").path.with_suffix(".bin"), tmp_path / "mobilenet.bin")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)
-    first = "import sys\nsys.modules['keras'] = sys.modules['keras_mnv2'] = None\n"
-    first += "import numpy as np\nimages = np.load('images.npy')\n"
-    expected = decided[0].predict(images, verbose=0).argmax(1)
-    assert len(blocks) == 6
-    for block in blocks:
-        done = subprocess.run([sys.executable, "-c", first + block], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        names = [LABELS[i] for i in expected] if "saved_model" in block else expected
-        assert done.stdout.strip() == str(names)
 
 
 def test_a_move_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

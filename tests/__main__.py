@@ -46,12 +46,22 @@ def main() -> int:
         # The variable leaves out a notice of the theme's about its future.
         command = ["mkdocs", "build", "--strict", "--site-dir", site]
         parts.append(run("mkdocs", command, NO_MKDOCS_2_WARNING="1"))
-    command = ["pytest", "-q", "-W", "ignore", *arguments]
-    with ThreadPoolExecutor(len(BACKENDS)) as pool, tempfile.TemporaryDirectory() as cache:
-        # Tests, and the processes that they start, compile the same programs again and again.
-        compiled = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    command = ["pytest", "-q", *arguments]
+    with ThreadPoolExecutor(len(BACKENDS)) as pool, tempfile.TemporaryDirectory() as scratch:
+        for name in ("jax", "tmp"):
+            os.mkdir(os.path.join(scratch, name))
+        shared = {
+            # Tests, and the processes that they start, compile the same programs again and again.
+            "JAX_COMPILATION_CACHE_DIR": os.path.join(scratch, "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+            # PyTorch's threads would wait for one another in loops that take the other processes' cores.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # TFDS leaves folders behind; pytest's own stay where one looks for them.
+            "TMPDIR": os.path.join(scratch, "tmp"),
+            "PYTEST_DEBUG_TEMPROOT": tempfile.gettempdir(),
+        }
         backends = chosen.backend or BACKENDS
-        parts += pool.map(lambda backend: run(backend, command, KERAS_BACKEND=backend, **compiled), backends)
+        parts += pool.map(lambda backend: run(backend, command, KERAS_BACKEND=backend, **shared), backends)
     print("\n== summary")
     passed = failed = 0
     for name, fine, seconds, last in parts:

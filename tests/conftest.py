@@ -28,7 +28,6 @@ OPTIMISED = {
     "test_later",
     "test_ops",
     "test_train",
-    "test_weights",
 }
 
 

@@ -69,9 +69,9 @@ def randomise(model, rng, x=None):
     model(x, training=True)
     for norm, value in zip(norms, momentum, strict=True):
         norm.momentum = value
-        spread = keras.ops.sqrt(norm.moving_variance)
-        norm.moving_mean.assign(norm.moving_mean + spread * rng.normal(0, 0.1, spread.shape[0]))
-        norm.moving_variance.assign(norm.moving_variance * rng.uniform(0.8, 1.2, spread.shape[0]))
+        mean, variance = map(keras.ops.convert_to_numpy, (norm.moving_mean, norm.moving_variance))
+        norm.moving_mean.assign(mean + np.sqrt(variance) * rng.normal(0, 0.1, mean.shape))
+        norm.moving_variance.assign(variance * rng.uniform(0.8, 1.2, mean.shape))
 
 
 def run_python(code, backend, *arguments):

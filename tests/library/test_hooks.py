@@ -61,7 +61,7 @@ def x():
 
 def run(way, model, x):
     with torch.no_grad():
-        return np.array(WAYS[way](model, x))
+        return np.asarray(WAYS[way](model, x))
 
 
 @pytest.mark.parametrize("build", [whole, nested, flattened])
@@ -138,6 +138,8 @@ def test_backward_hooks_are_given_gradients(build, x):
         assert gradient.abs().max() > 0
 
 
+# The images need no gradient, of which PyTorch says that a hook of the first layer may wonder.
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize("name", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
 def test_hooks_of_all_modules_are_told(name, x):
     model, _ = whole()

@@ -169,60 +169,51 @@ def test_initial_weights_are_distributed_as_torchvisions(rng):
         assert abs(found.mean() - expected.mean()) < margin * expected.std(), variable.path
 
 
-LOAD = """
+ELSEWHERE = """
 import sys, keras, keras_mnv2, numpy as np
-model = keras.models.load_model(sys.argv[1])
-np.save(sys.argv[3], model.predict(np.load(sys.argv[2]), verbose=0))
-"""
-
-
-@once
-def test_a_keras_file_gives_the_same_numbers_on_the_other_backends(tmp_path, rng):
-    model = keras_mnv2.MobileNetV2((64, 64, 3), alpha=0.35, weights=None, classes=10, stochastic_depth=0.1)
-    randomise(model, rng)
-    x = rng.uniform(-1, 1, (4, 64, 64, 3)).astype("float32")
-    expected = model.predict(x, verbose=0)
-    model.save(tmp_path / "model.keras")
-    np.save(tmp_path / "x.npy", x)
-    for backend in set(BACKENDS) - {keras.backend.backend()}:
-        run_python(LOAD, backend, tmp_path / "model.keras", tmp_path / "x.npy", tmp_path / "y.npy")
-        difference = relative_difference(np.load(tmp_path / "y.npy"), expected)
-        note(f"the same .keras file on {backend}: relative difference", difference)
-        assert difference <= 1e-5
-
-
-STEP = """
-import sys, keras, keras_mnv2, numpy as np
-model = keras.models.load_model(sys.argv[1])
-batch = np.load(sys.argv[2])
+folder, backend = sys.argv[1:]
+batch = np.load(f"{folder}/batch.npz")
+scores = keras.models.load_model(f"{folder}/infers.keras").predict(batch["x"], verbose=0)
+model = keras.models.load_model(f"{folder}/learns.keras")
 model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
 model.train_on_batch(batch["x"], batch["y"])
-np.savez(sys.argv[3], *model.get_weights())
+np.savez(f"{folder}/{backend}.npz", scores, *model.get_weights())
 """
+
+
+def flat(weights):
+    return np.concatenate([weight.ravel() for weight in weights])
 
 
 # ReLU6 turns rounding into gradients that differ by percents (see above): there the whole step is compared.
+@once
 @pytest.mark.parametrize(
     ("activation", "of_a_weight", "of_the_step"),
     [("silu", 1e-5, 1e-3), pytest.param("relu6", None, 0.1, marks=pytest.mark.slow)],
 )
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="starts all three backends: once is enough")
-def test_one_step_gives_the_same_weights_on_all_backends(activation, of_a_weight, of_the_step, tmp_path, rng):
-    model = keras_mnv2.MobileNetV2(
-        (64, 64, 3), alpha=0.35, weights=None, classes=10, dropout=0.0, activation=activation
-    )
-    model.save(tmp_path / "model.keras")
-    np.savez(tmp_path / "batch.npz", x=rng.uniform(-1, 1, (8, 64, 64, 3)).astype("float32"), y=np.arange(8))
-    before = np.concatenate([w.ravel() for w in model.get_weights()])
-    after = []
-    for backend in BACKENDS:
-        run_python(STEP, backend, tmp_path / "model.keras", tmp_path / "batch.npz", tmp_path / f"{backend}.npz")
-        after.append(np.concatenate([w.ravel() for w in np.load(tmp_path / f"{backend}.npz").values()]))
-    largest = max(float(np.abs(after[0] - other).max()) for other in after[1:])
-    of_step = max(relative_norm(other - before, after[0] - before) for other in after[1:])
-    note(f"one SGD step on three backends, {activation}: largest difference of a weight", largest)
-    note(f"one SGD step on three backends, {activation}: relative difference of the step", of_step)
-    assert np.abs(after[0] - before).max() > 1e-3
-    assert of_step <= of_the_step
-    if of_a_weight is not None:
-        assert largest <= of_a_weight
+def test_keras_files_infer_and_learn_alike_on_all_backends(activation, of_a_weight, of_the_step, tmp_path, rng):
+    common = {"input_shape": (64, 64, 3), "alpha": 0.35, "weights": None, "classes": 10}
+    infers = keras_mnv2.MobileNetV2(**common, stochastic_depth=0.1)
+    randomise(infers, rng)
+    infers.save(tmp_path / "infers.keras")
+    learns = keras_mnv2.MobileNetV2(**common, dropout=0.0, activation=activation)
+    learns.save(tmp_path / "learns.keras")
+    x, y = rng.uniform(-1, 1, (8, 64, 64, 3)).astype("float32"), np.arange(8)
+    np.savez(tmp_path / "batch.npz", x=x, y=y)
+    scores, before = infers.predict(x, verbose=0), flat(learns.get_weights())
+    learns.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
+    learns.train_on_batch(x, y)
+    after = flat(learns.get_weights())
+    assert np.abs(after - before).max() > 1e-3
+    for backend in set(BACKENDS) - {keras.backend.backend()}:
+        run_python(ELSEWHERE, backend, tmp_path, backend)
+        with np.load(tmp_path / f"{backend}.npz") as file:
+            found, *weights = file.values()
+        difference = relative_difference(found, scores)
+        note(f"the same .keras file on {backend}: relative difference", difference)
+        assert difference <= 1e-5
+        of_step = relative_norm(flat(weights) - before, after - before)
+        note(f"one SGD step on {backend}, {activation}: relative difference of the step", of_step)
+        assert of_step <= of_the_step
+        if of_a_weight is not None:
+            assert np.abs(flat(weights) - after).max() <= of_a_weight

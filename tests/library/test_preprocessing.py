@@ -2,7 +2,6 @@
 
 import functools
 import struct
-import warnings
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -360,10 +359,8 @@ def keras_peer(tmp_path, rng):
     source = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, weights=None, classifier_activation=None)
     x = np.stack([of_keras("mobilenet_v2_0.35_96", photo, tmp_path)[1] for photo in photographs().values()])
     randomise(source, rng, x)
-    with warnings.catch_warnings():
-        # The form in which Keras publishes its files; Keras 3 advises against it.
-        warnings.simplefilter("ignore")
-        source.save(tmp_path / "model.h5")
+    # The form in which Keras publishes its files.
+    source.save(tmp_path / "model.h5")
     features = source.get_layer("out_relu").output
     whole = keras.Model(source.input, [source.output, source.layers[-2].output, features])
     outputs = dict(zip(("logits", "pooled", "features"), whole.predict(x, verbose=0), strict=True))
@@ -555,7 +552,8 @@ def test_files_are_read_as_the_libraries_read_them(mode, suffix, tmp_path):
     for name in ONE_OF_EACH:
         found = resize_and_crop(path, name)
         assert np.array_equal(resize_and_crop(str(path), name), found)
-        assert np.array_equal(resize_and_crop(Image.open(path), name), found)
+        with Image.open(path) as picture:
+            assert np.array_equal(resize_and_crop(picture, name), found)
         for loaded in (pil_loader(path), keras.utils.load_img(path)):
             assert np.array_equal(resize_and_crop(np.asarray(loaded), name), found)
         if mode == "RGBA":

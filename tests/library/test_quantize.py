@@ -11,8 +11,8 @@ from keras_mnv2.quantize import (
     QuantizedInvertedResidual,
 )
 from tests.conftest import ONCE, once
+from tests.exports import pictures, small
 from tests.helpers import note, randomise, relative_difference, relative_norm
-from tests.library.formats.test_export import pictures, small
 from tests.library.ops.test_ops import gradients
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import keras_mnv2
-from tests.conftest import once
+from tests.conftest import once, once_on
 from tests.helpers import randomise
 from training import evaluate
 from training.report.evaluation import text
@@ -274,6 +274,7 @@ def command(*arguments):
     )
 
 
+@once_on("tensorflow")
 def test_the_command(model, saved, photographs, tmp_path):
     done = command(saved, "--dataset", photographs, "--json", tmp_path / "results.json")
     assert done.returncode == 0, done.stderr
@@ -328,6 +329,7 @@ def test_bad_inputs_end_in_one_sentence(saved, photographs, tmp_path, monkeypatc
         assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@once
 def test_help_does_not_wait_for_a_backend():
     code = "import sys; from training import evaluate; assert not {'keras', 'matplotlib'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -115,16 +115,16 @@ class Channel:
             self._lost(peer)
 
     def _receive(self, peer):
-        connection = self._connections[peer]
-        try:
-            while True:
-                (size,) = struct.unpack("<q", _read(connection, 8))
-                if size < 0:
-                    return  # The other side ends in good order.
-                self._received[peer].put(_read(connection, size))
-        except OSError:
-            if not self._closing:
-                self._lost(peer)
+        with self._connections[peer] as connection:
+            try:
+                while True:
+                    (size,) = struct.unpack("<q", _read(connection, 8))
+                    if size < 0:
+                        return  # The other side ends in good order.
+                    self._received[peer].put(_read(connection, size))
+            except OSError:
+                if not self._closing:
+                    self._lost(peer)
 
     def _lost(self, peer):
         # The main thread may wait for the lost one in a collective, where no exception reaches it.

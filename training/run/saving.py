@@ -88,10 +88,10 @@ class Saver:
                 setattr(self.stopping, name, value)
             self.stopping.best_weights = state.group("best") or None
         epoch, step = place["epoch"], place["step"]
-        if step:
-            self._found_means = state.group("metrics")
         if step == self.steps:
             self._end_of_epoch(place["logs"])
+        elif step:
+            self._found_means = state.group("metrics")
         return epoch, step
 
     def restore_means(self) -> None:

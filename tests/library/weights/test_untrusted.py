@@ -22,9 +22,18 @@ from safetensors.numpy import save_file
 import keras_mnv2
 from keras_mnv2.weights.hdf5 import check_hdf5
 from keras_mnv2.weights.read import read_arrays
+from tests.conftest import marks
 from tests.helpers import note
 
+# The reading knows no backend.
+pytestmark = marks("tensorflow")
 SECRET = np.arange(6, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def network():
+    """What the files are to be loaded into."""
+    return keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=2)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +154,7 @@ def changed(source, path, change, outside):
 
 @pytest.mark.parametrize("change", LEADING, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("name", ["file.h5", "file.weights.h5", "file.keras"])
-def test_hdf5_that_does_not_keep_to_itself(name, change, small, outside):
+def test_hdf5_that_does_not_keep_to_itself(name, change, small, outside, network):
     path = outside / name
     changed(small / name, path, lambda file, outside: None, outside)
     check_hdf5(path)
@@ -153,8 +162,7 @@ def test_hdf5_that_does_not_keep_to_itself(name, change, small, outside):
     for key, value in read_arrays(path).items():
         np.testing.assert_array_equal(value, expected[key])
     changed(small / name, path, change, outside)
-    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=2)
-    for reads in (check_hdf5, read_arrays, lambda path: keras_mnv2.load_weights(model, path)):
+    for reads in (check_hdf5, read_arrays, lambda path: keras_mnv2.load_weights(network, path)):
         with pytest.raises(ValueError, match=LEADING[change]) as caught:
             reads(path)
         assert str(path) in str(caught.value)

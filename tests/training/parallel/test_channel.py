@@ -24,7 +24,9 @@ def connected(of, task):
                     box.put(numbers)
             return told[number].get(timeout=30)
 
-        results[number] = task(connect(number, of, "127.0.0.1", exchange))
+        worker = connect(number, of, "127.0.0.1", exchange)
+        results[number] = task(worker)
+        worker.close()
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(of)]
     for thread in threads:
@@ -51,7 +53,7 @@ def test_one_worker_needs_nobody():
 @pytest.mark.parametrize("of", [2, 4])
 def test_what_workers_tell_each_other(of):
     def task(worker):
-        found = (
+        return (
             worker.gather(bytes([worker.number]) * 3),
             worker.broadcast(b"from zero" if worker.main else b""),
             worker.sum([worker.number, 0.5]).tolist(),
@@ -59,8 +61,6 @@ def test_what_workers_tell_each_other(of):
             worker.broadcast(b"x" * 3_000_000)[-1:],
             [[array.tolist() for array in arrays] for arrays in worker.gather_arrays(np.full(worker.number, 0.5))],
         )
-        worker.close()
-        return found
 
     results = connected(of, task)
     everything = [bytes([number]) * 3 for number in range(of)]
@@ -159,6 +159,7 @@ def test_a_number_that_no_worker_has_is_let_go():
             time.sleep(0.2)
         else:
             assert closed(one)
+            one.close()
     with socket.create_connection(("127.0.0.1", port)) as last:
         last.sendall(token + (2).to_bytes(4, "little"))
         thread.join(10)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import keras_mnv2
-from tests.conftest import ONCE
+from tests.conftest import ONCE, once, once_on
 from tests.golden import record_losses
 from tests.helpers import note, relative_difference
 from training import files, process
@@ -141,6 +141,7 @@ def test_the_learning_rate_follows_its_formula(schedule, warmup, photographs):
         assert float(keras.ops.convert_to_numpy(rates(step))) == pytest.approx(expected, abs=1e-5)
 
 
+@once
 def test_weight_decay_is_a_gradient_of_the_kernels_alone(photographs):
     images, labels = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)), np.eye(3)[[0, 1, 2, 0]]
     after = {}
@@ -224,6 +225,7 @@ def test_fine_tuning_changes_the_last_blocks_alone_and_no_statistics(photographs
         transfer.freeze(original, "block_99")
 
 
+@once
 def test_the_head_can_see_changed_images(photographs, weights, tmp_path):
     config = small(
         "transfer",
@@ -253,6 +255,7 @@ def test_mixed_precision_keeps_variables_and_scores_in_float32(precision, photog
     assert scores.dtype == np.float32
 
 
+@once_on("tensorflow")
 def test_early_stopping_and_tensorboard(photographs, tmp_path):
     config = small(
         "torchvision", photographs, learning_rate=1e-9, epochs=9, early_stopping=2, tensorboard=True, run_dir=tmp_path
@@ -263,6 +266,7 @@ def test_early_stopping_and_tensorboard(photographs, tmp_path):
     assert list((tmp_path / "tensorboard").rglob("events.out.*"))
 
 
+@once
 def test_class_weights_count_in_the_loss_of_a_step(photographs, tmp_path):
     """One step of one batch: the loss is the mean of each image's loss times the weight of its class."""
     config = small("cifar10", photographs, class_weights=True, steps_per_epoch=1, weight_decay=0.0, dropout=0.0)
@@ -307,6 +311,7 @@ def command(*arguments):
     return subprocess.run([sys.executable, "-m", "training", *arguments], capture_output=True, text=True)
 
 
+@once
 def test_the_command_leaves_a_complete_run_folder(tmp_path):
     done = command(*TINY, "--run-dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
@@ -376,6 +381,7 @@ def test_the_command_starts_again_with_large_pages(own, monkeypatch):
         assert process.os.environ["GLIBC_TUNABLES"] == process.TUNABLES
 
 
+@once_on("tensorflow")
 def test_help_lists_the_recipes_and_every_field():
     shown = command("--help").stdout
     for recipe in RECIPES:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from ..process import fail
+from ..process import PACKAGE, fail
 from ..ranges import Amount, Count, MaybeCount, MaybePositive, checked, parsed
 from . import charts
 from .contenders import FLOAT32_ONLY, IN_FIT, KERAS, PEERS
@@ -358,7 +358,8 @@ def run(options: Options) -> bool:
 def main() -> None:
     """Measures what the command line asks for."""
     try:
-        options = parsed(Options, description=__doc__)
+        command = f"python -m {PACKAGE}.benchmark"
+        options = parsed(Options, prog=command, description=__doc__.replace("python -m training.benchmark", command))
         # This process computes nothing, but what it imports from here on asks for a backend.
         os.environ.setdefault("KERAS_BACKEND", options.backends[0])
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

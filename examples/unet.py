@@ -27,7 +27,7 @@ def scenes(photographs, digits, count, size, rng):
         top, left = (rng.integers(side - size + 1) for side in photograph.shape[:2])
         image[:] = photograph[top : top + size, left : left + size, :3]
         for _ in range(3):
-            side = rng.integers(size // 5, size // 3)
+            side = rng.integers(size // 4, size // 2)
             ink = transform.resize(digits[rng.integers(len(digits))] / 16, (side, side))
             top, left = rng.integers(size - side, size=2)
             patch = np.s_[top : top + side, left : left + side]
@@ -51,9 +51,9 @@ def unet(size, weights):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", default="imagenet", help="a name of keras_mnv2.list_weights(), or a file")
-    parser.add_argument("--size", type=int, default=128, help="pixels of each side, a multiple of 32")
+    parser.add_argument("--size", type=int, default=96, help="pixels of each side, a multiple of 32")
     parser.add_argument("--images", type=int, default=400, help="for training; a quarter as many are the test")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8)
     options = parser.parse_args()
 
     rng, digits = np.random.default_rng(0), load_digits().images
@@ -61,8 +61,8 @@ def main():
     images, masks = scenes([data.coffee(), data.chelsea()], digits[1400:], options.images // 4, options.size, rng)
 
     model = unet(options.size, options.weights)
-    model.compile(keras.optimizers.Adam(1e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    model.fit(*train, batch_size=16, epochs=options.epochs, validation_data=(images, masks))
+    model.compile(keras.optimizers.Adam(3e-3), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(*train, batch_size=8, epochs=options.epochs, validation_data=(images, masks))
 
     predicted = model.predict(images).argmax(-1)
     iou = keras.metrics.MeanIoU(num_classes=2)

@@ -37,7 +37,7 @@ def main():
     shape = (options.size, options.size, 3)
     model = keras_mnv2.MobileNetV2(shape, weights=options.weights, classes=len(names), include_preprocessing=True)
     keras_mnv2.freeze(model, before="block_12")
-    model.compile(keras.optimizers.Adam(3e-4), "sparse_categorical_crossentropy", ["accuracy"])
+    model.compile(keras.optimizers.Adam(3e-4), "sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(train, epochs=options.epochs, validation_data=test)
     keras_mnv2.export(model, "phone_float.tflite", "litert", overwrite=True)
 
@@ -45,7 +45,7 @@ def main():
     if options.aware_epochs:
         # The same weights; `fit` goes on with the rounding of 8-bit integers.
         model = keras_mnv2.quantize_aware(model)
-        model.compile(keras.optimizers.Adam(3e-5), "sparse_categorical_crossentropy", ["accuracy"])
+        model.compile(keras.optimizers.Adam(3e-5), "sparse_categorical_crossentropy", metrics=["accuracy"])
         model.fit(train, epochs=options.aware_epochs, validation_data=test)
     else:
         # Some photographs give the ranges of the activations.

@@ -44,7 +44,9 @@ def main():
     )
     fast = keras_mnv2.fold_batch_norm(backbone)
     head = keras.Sequential([keras.layers.Dropout(0.5), keras.layers.Dense(len(names), activation="softmax")])
-    head.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.5), "sparse_categorical_crossentropy", ["accuracy"])
+    head.compile(
+        keras.optimizers.AdamW(1e-3, weight_decay=0.5), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
     head.fit(
         fast.predict(train),
         train.labels,
@@ -55,7 +57,7 @@ def main():
     # Phase two: the last blocks at a low rate. The batch norms stay frozen and keep ImageNet's statistics.
     model = keras.Model(backbone.input, head(backbone.output))
     keras_mnv2.freeze(model, before="block_12")
-    model.compile(keras.optimizers.Adam(1e-4), "sparse_categorical_crossentropy", ["accuracy"])
+    model.compile(keras.optimizers.Adam(1e-4), "sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(train, epochs=options.epochs, validation_data=validation)
 
     model.save(options.out)

@@ -53,11 +53,11 @@ def main():
     parser.add_argument("--weights", default="imagenet", help="a name of keras_mnv2.list_weights(), or a file")
     parser.add_argument("--size", type=int, default=96, help="pixels of each side, a multiple of 32")
     parser.add_argument("--images", type=int, default=400, help="for training; a quarter as many are the test")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
     options = parser.parse_args()
 
     rng, digits = np.random.default_rng(0), load_digits().images
-    train = scenes([data.astronaut(), data.rocket()], digits[:1400], options.images, options.size, rng)
+    train = scenes([data.astronaut(), data.rocket(), data.retina()], digits[:1400], options.images, options.size, rng)
     images, masks = scenes([data.coffee(), data.chelsea()], digits[1400:], options.images // 4, options.size, rng)
 
     model = unet(options.size, options.weights)

@@ -56,13 +56,13 @@ def main():
     for axis in axes.flat:
         axis.axis("off")
     for query, row, pictures in zip(queries, similarities, axes, strict=True):
-        pictures[0].imshow(keras_mnv2.load_image(query))
-        pictures[0].set_title(query.name, fontsize=8)
+        pictures[0].imshow(keras_mnv2.resize_and_crop(query))
+        pictures[0].set_title(query.stem[:16], fontsize=8)
         # The photograph itself is the most similar.
         best = [i for i in row.argsort()[::-1] if not paths[i].samefile(query)][: options.neighbours]
         print(f"{query}: {', '.join(f'{paths[i]} {row[i]:.2f}' for i in best)}")
         for axis, i in zip(pictures[1:], best, strict=False):
-            axis.imshow(keras_mnv2.load_image(paths[i]))
+            axis.imshow(keras_mnv2.resize_and_crop(paths[i]))
             axis.set_title(f"{row[i]:.2f}", fontsize=8)
     plt.savefig("neighbours.png", dpi=100)
 

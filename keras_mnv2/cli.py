@@ -5,6 +5,7 @@ import collections
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import json
 import re
 import sys
@@ -49,10 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 2 where the caller's input was at fault, with one line on stderr.
+
+    Raises:
+        SystemExit: where the words are no command, after `--help`, and where a training ends early; with the status.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["train"]:
-        return _train(words[1:])
+        return _train(words[1:], own_process=argv is None)
     parser = _parser()
     options = parser.parse_args(words)
     if options.command is None:
@@ -119,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     weights = add("weights", _weights, "the table of published checkpoints")
     weights.add_argument("pattern", nargs="?", default="*", help="of the names, such as 'timm/*'")
 
-    commands.add_parser("train", help="trains a recipe on a data set; `keras-mnv2 train --help` has its own arguments")
+    commands.add_parser("train", help="trains a recipe on a data set; `train --help` lists recipes and settings")
 
     profile = add("profile", _profile, "parameters, multiply-adds and memory of each row")
     profile.add_argument("--alpha", type=float, default=1.0)
@@ -127,17 +131,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(words: Sequence[str]) -> int:
+def _train(words: Sequence[str], own_process: bool) -> int:
     """The training's own command, whose arguments its settings are."""
+    name = "keras_mnv2.training"
+    if importlib.util.find_spec(name) is None:
+        # In a checkout the training lies beside this package, under its own name.
+        name = "training"
+        sys.path.insert(0, str(Path(__file__).parents[1]))
     try:
-        # In a checkout the training lies beside this package, and brings its name `training`.
-        beside = Path(__file__).parents[1] / "training" / "__main__.py"
-        command = importlib.import_module("training.__main__" if beside.is_file() else "keras_mnv2.training.__main__")
+        command = importlib.import_module(f"{name}.__main__")
     except ModuleNotFoundError as error:
         print(f'error: train needs {error.name}: pip install "keras_mnv2[train]".', file=sys.stderr)
         return 2
-    command.process.use_large_pages()
-    command.main(words)
+    command.main(words, own_process)
     return 0
 
 

@@ -21,13 +21,23 @@ RECIPES = {
 DEFAULT = "digits"
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Runs the recipe that the words of a command line name, those of this process by default."""
+def main(words: Sequence[str] | None = None, own_process: bool = False) -> None:
+    """Runs the recipe that the words of a command line name, those of this process by default.
+
+    Args:
+        words: the recipe and its fields.
+        own_process: whether this process is the command's, which may start it again with large pages.
+    """
     name, arguments = split(sys.argv[1:] if words is None else words)
     config = settings(name, arguments)
-    # After the parsing, so that --help does not wait for a backend.
-    from .run.train import run
-    from .state.signals import Stopped
+    # After the parsing, so that --help and mistakes do not wait for a backend.
+    if own_process:
+        process.use_large_pages()
+    try:
+        from .run.train import run
+        from .state.signals import Stopped
+    except ModuleNotFoundError as error:
+        fail(f'The training needs {error.name}: pip install "keras_mnv2[train]".')
 
     try:
         run(config, repeated(name, arguments))
@@ -73,5 +83,4 @@ def repeated(recipe: str, arguments: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    process.use_large_pages()
-    main()
+    main(own_process=True)

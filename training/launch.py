@@ -29,7 +29,7 @@ def main() -> int:
     """Starts the workers of this machine, waits for them, and gives the exit status."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {PACKAGE}.launch",
-        description=__doc__,
+        description=__doc__.replace("python -m training", f"python -m {PACKAGE}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

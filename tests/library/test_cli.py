@@ -358,7 +358,7 @@ import importlib.metadata, runpy, sys
 from importlib.machinery import PathFinder
 
 present, *sys.argv = sys.argv[1:]
-hidden = {"tensorflow", "jax", "jaxlib", "torch"} - set(present.split(","))
+hidden = {"tensorflow", "jax", "jaxlib", "torch", "tyro"} - set(present.split(","))
 
 class Finder(PathFinder):
     @classmethod
@@ -394,6 +394,30 @@ def test_a_variable_that_names_a_missing_backend_is_named(tmp_path):
     assert done.stderr.splitlines()[-1] == "ImportError: KERAS_BACKEND must be torch, which is installed, got 'jax'."
     done = alone(tmp_path, "", "--version")
     assert "keras_mnv2 needs TensorFlow, JAX or PyTorch: pip install" in done.stderr.splitlines()[-1]
+
+
+@once
+def test_train_says_which_extra_it_needs(tmp_path):
+    done = alone(tmp_path, "torch", "train")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == 'error: train needs tyro: pip install "keras_mnv2[train]".'
+
+
+def test_train_hands_its_words_to_the_training(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "mnist"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("torchvision, torchvision_v2, got 'mnist'.\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "transfer", "--help"])
+    assert not ended.value.code
+    assert "--head-epochs" in capsys.readouterr().out
+    handed = []
+    monkeypatch.setattr("training.__main__.main", lambda *arguments: handed.append(arguments))
+    monkeypatch.setattr(sys, "argv", ["keras-mnv2", "train", "digits"])
+    # Only the process's own command may start the process again.
+    assert [main(), main(["train", "digits"])] == [0, 0]
+    assert handed == [(["digits"], True), (["digits"], False)]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from .. import files
-from ..process import fail
+from ..process import PACKAGE, fail
 from ..ranges import Amount, Count, MaybeCount, MaybePositive, checked, parsed
 from ..report.versions import versions
 from . import charts
@@ -347,7 +347,8 @@ def run(options: Options) -> bool:
 def main() -> None:
     """Measures what the command line asks for."""
     try:
-        options = parsed(Options, description=__doc__)
+        command = f"python -m {PACKAGE}.benchmark"
+        options = parsed(Options, prog=command, description=__doc__.replace("python -m training.benchmark", command))
         # This process computes nothing, but what it imports from here on asks for a backend.
         os.environ.setdefault("KERAS_BACKEND", options.backends[0])
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -367,12 +367,12 @@ def test_int8_after_quantisation_aware_training_is_within_half_a_point_of_float(
 def test_the_command_starts_again_with_large_pages(own, monkeypatch):
     started = []
     monkeypatch.setattr(process.os, "execv", lambda *command: started.append(command))
-    monkeypatch.setattr(process.sys, "argv", ["__main__.py", "digits", "--epochs", "1"])
+    monkeypatch.setattr(process.sys, "orig_argv", ["python", "-m", "training", "digits", "--epochs", "1"])
     monkeypatch.setattr(process.sys, "platform", "linux")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     if own:
         monkeypatch.setenv("GLIBC_TUNABLES", own)
-    process.use_large_pages("training")
+    process.use_large_pages()
     if own:
         assert not started
         assert process.os.environ["GLIBC_TUNABLES"] == own

@@ -119,6 +119,58 @@ def test_training_imports_only_public_names():
         assert not names, f"{path} imports {names}"
 
 
+# Rooms and files of the training; each imports only from those on lower floors, and a room's files from one another.
+ROOMS = {
+    "": 0,
+    "process": 0,
+    "files": 0,
+    "ranges": 1,
+    "config": 2,
+    "recipes": 3,
+    "parallel": 3,
+    "data": 4,
+    "state": 5,
+    "report": 6,
+    "run": 7,
+    "benchmark": 7,
+    "evaluate": 7,
+    "__main__": 8,
+    "launch": 9,
+}
+
+
+def room(name):
+    return name.removeprefix("training").removeprefix(".").partition(".")[0]
+
+
+def test_rooms_of_the_training_import_from_lower_floors():
+    seen = {""}
+    for path in (ROOT / "training").rglob("*.py"):
+        own = room(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+        seen.add(own)
+        for name in imported(path):
+            if name.startswith("training.") and room(name) in ROOMS and room(name) != own:
+                assert ROOMS[room(name)] < ROOMS[own], f"{path} imports {name}"
+    assert seen == set(ROOMS)
+
+
+def floors_of(text):
+    """The floors that a page's table gives its files."""
+    found = {}
+    for floor, names in re.findall(r"^\| (\d+) \| (`[^|]*) \|", text, re.MULTILINE):
+        for name in re.findall(r"`([\w/.]+?)`", names):
+            found[name.removesuffix(".py").removesuffix("/").replace("/", ".").removesuffix(".__init__")] = int(floor)
+    return found
+
+
+def test_the_pages_tables_are_the_floors():
+    library, _, training = (ROOT / "docs" / "architecture.md").read_text().partition("## Training")
+    # Packages without content have no row, and the front page of all is `__init__.py`.
+    expected = {name or "__init__": floor for name, floor in FLOORS.items()}
+    assert floors_of(library) == {n: f for n, f in expected.items() if n not in ("__main__", "weights", "formats")}
+    assert floors_of(training) == {name: floor for name, floor in ROOMS.items() if name}
+
+
 def test_the_public_names():
     assert set(keras_mnv2.__all__) == {
         "Checkpoint",

@@ -24,6 +24,7 @@ model.set_weights([before])
 (average,) = (variable for variable in model.optimizer.variables if variable.path.endswith("average"))
 average.assign(np.ones((4, 2), "float32"))
 callback = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+callback.set_params({"epochs": 3})
 callback.set_model(model)
 callback.on_epoch_end(0)
 assert np.abs(model.get_weights()[0] - 1).max() < 1e-6

@@ -39,7 +39,9 @@ def main():
     keras_mnv2.freeze(model, before="block_12")
     model.compile(keras.optimizers.Adam(3e-4), "sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(train, epochs=options.epochs, validation_data=test)
-    keras_mnv2.export(model, "phone_float.tflite", "litert", overwrite=True)
+    # Both files are compared with the model on photographs before they get their names.
+    sample = test[0][0]
+    keras_mnv2.export(model, "phone_float.tflite", "litert", sample=sample, overwrite=True)
 
     calibration = None
     if options.aware_epochs:
@@ -50,9 +52,8 @@ def main():
     else:
         # Some photographs give the ranges of the activations.
         calibration = np.concatenate([train[i][0] for i in range(min(len(train), 6))])
-    keras_mnv2.export(
-        model, "phone.tflite", "litert", precision="int8", calibration=calibration, io_dtype="uint8", overwrite=True
-    )
+    integers = {"precision": "int8", "calibration": calibration, "io_dtype": "uint8"}
+    keras_mnv2.export(model, "phone.tflite", "litert", **integers, sample=sample, overwrite=True)
     Path("labels.txt").write_text("\n".join(names) + "\n")
 
     # What a phone will say: both files in LiteRT's own interpreter.

@@ -163,12 +163,11 @@ def load_classifier(
         ImportError: where the runtime of an exported file is not installed.
         ConnectionError: where a file of weights at an `hf://` address cannot be downloaded.
 
-    Example:
-
-    >>> MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10).save("ten.keras")
-    >>> classifier = load_classifier("ten.keras")
-    >>> classifier.size, classifier.classes, classifier.scores(np.zeros((2, 32, 32, 3))).shape
-    (32, 10, (2, 10))
+    Examples:
+        >>> MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=10).save("ten.keras")
+        >>> classifier = load_classifier("ten.keras")
+        >>> classifier.size, classifier.classes, classifier.scores(np.zeros((2, 32, 32, 3))).shape
+        (32, 10, (2, 10))
     """
     name = os.fspath(check_path("model", model)) if isinstance(model, os.PathLike) else model
     if not isinstance(name, str) or not name:

@@ -286,10 +286,9 @@ def probabilities(scores: Any) -> np.ndarray:
     Raises:
         ValueError: on another shape, or values that are no real numbers.
 
-    Example:
-
-    >>> probabilities([[0, np.log(3)], [2, 2]]).round(2).tolist()
-    [[0.25, 0.75], [0.5, 0.5]]
+    Examples:
+        >>> probabilities([[0, np.log(3)], [2, 2]]).round(2).tolist()
+        [[0.25, 0.75], [0.5, 0.5]]
     """
     scores = _real_numbers("scores", np.asarray(keras.ops.convert_to_numpy(scores))).astype("float64")
     if scores.ndim != 2:

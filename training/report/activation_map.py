@@ -33,11 +33,10 @@ def activation_maps(model: keras.Model, images: np.ndarray, classes: np.ndarray)
     Raises:
         ValueError: where the model ends otherwise.
 
-    Example:
-
-    >>> model = keras_mnv2.MobileNetV2((64, 96, 3), alpha=0.35, weights=None, classes=5, include_preprocessing=True)
-    >>> activation_maps(model, np.zeros((2, 64, 96, 3)), np.array([3, 0])).shape
-    (2, 64, 96)
+    Examples:
+        >>> model = keras_mnv2.MobileNetV2((64, 96, 3), alpha=0.35, weights=None, classes=5, include_preprocessing=True)
+        >>> activation_maps(model, np.zeros((2, 64, 96, 3)), np.array([3, 0])).shape
+        (2, 64, 96)
     """
     pooling, dense = _top(model)
     features = keras.Model(model.inputs[0], pooling.input).predict_on_batch(images).astype("float32")

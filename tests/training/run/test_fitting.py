@@ -119,20 +119,20 @@ def test_the_features_of_a_head_are_computed_once(dataset, monkeypatch, tmp_path
     config = runs.settings(dataset, tmp_path / "run", resume=True, **changes)
     original, starts, signals = transfer.read_scores, [], []
 
-    def read_scores(predict, batches, workers, start, until):
+    def read_scores(predict, batches, channel, start=0, until=None):
         if start == 6 and not signals:
             signals.append(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
         starts.append((start, until))
-        return original(predict, batches, workers, start, until)
+        return original(predict, batches, channel, start, until)
 
     monkeypatch.setattr(transfer, "read_scores", read_scores)
     with pytest.raises(Stopped):
         train.run(config)
     assert starts == [(0, 3), (3, 6)]
     train.run(config)
-    # The rest of eight training batches, and those of the validation.
-    assert starts == [(0, 3), (3, 6), (6, 8), (0, 2)]
+    # The rest of eight training batches, those of the validation, and the test of the head.
+    assert starts == [(0, 3), (3, 6), (6, 8), (0, 2), (0, None)]
     found, expected = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "whole"))
     assert found["head_test_accuracy"] == expected["head_test_accuracy"]
     loaded = [keras.models.load_model(tmp_path / name / "model.keras").get_weights() for name in ("run", "whole")]

@@ -230,7 +230,9 @@ def test_files_that_are_named_exist():
             assert (ROOT / name).exists(), f"{page} names {name}"
 
 
-COMMAND = re.compile(r"python -m (?:keras_mnv2\.(?=training))?(keras_mnv2|training(?:\.\w+)?) ?([^`\n]*)|keras-mnv2 ([^`\n]*)")
+# Where it is installed the training is `keras_mnv2.training`.
+MODULE = r"python -m (?:keras_mnv2\.(?=training))?(keras_mnv2|training(?:\.\w+)?) ?([^`\n]*)"
+COMMAND = re.compile(MODULE + r"|keras-mnv2 ([^`\n]*)")
 
 
 @once

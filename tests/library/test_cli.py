@@ -413,7 +413,8 @@ def test_train_hands_its_words_to_the_training(capsys, monkeypatch):
     assert not ended.value.code
     assert "--head-epochs" in capsys.readouterr().out
     handed = []
-    monkeypatch.setattr("training.__main__.main", lambda *arguments: handed.append(arguments))
+    command = importlib.import_module("training.__main__")
+    monkeypatch.setattr(command, "main", lambda *arguments: handed.append(arguments))
     monkeypatch.setattr(sys, "argv", ["keras-mnv2", "train", "digits"])
     # Only the process's own command may start the process again.
     assert [main(), main(["train", "digits"])] == [0, 0]

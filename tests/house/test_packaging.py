@@ -119,7 +119,7 @@ def test_training_needs_no_clone(built, tmp_path, rng):
     command("keras-mnv2", "export", "runs/photos/model.keras", "photos.pt2")
     assert (tmp_path / "photos.pt2").is_file()
     evaluated = command("python", "-m", "keras_mnv2.training.evaluate", "photos.pt2", "--dataset", "photos")
-    assert "4 images" in evaluated
+    assert "4 test images" in evaluated
     launch = "python -m keras_mnv2.training.launch --processes 2 digits --epochs 1 --alpha 0.1 --steps-per-epoch 2"
     command(*launch.split(), "--no-saved-model", "--run-dir", "runs/two")
     report = (tmp_path / "runs" / "two" / "report.html").read_text("utf-8")

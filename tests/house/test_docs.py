@@ -116,7 +116,6 @@ def test_the_code_of_the_start(folder):
 
 
 @once_on("tensorflow")
-@pytest.mark.filterwarnings("ignore")
 def test_the_code_for_those_who_come_from_keras_applications(folder):
     names = run_page("docs/keras_applications.md")
     x = np.random.default_rng(0).uniform(-1, 1, (2, 96, 96, 3))
@@ -151,7 +150,6 @@ def test_the_transfer_script_learns(folder):
 
 
 @once
-@pytest.mark.filterwarnings("ignore")
 def test_the_code_about_weights(published, folder, capsys):
     import torch
     import torchvision

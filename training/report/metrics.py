@@ -7,9 +7,6 @@ import numpy as np
 
 import keras_mnv2
 
-# By this name too, for the report.
-from .tables import table as table
-
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Share of the images whose label is among the `k` largest scores; of equal scores the first class is the larger.

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from keras_mnv2.annotations import PathLike, Shape
 from keras_mnv2.arguments import check_choice, check_path, check_whole
 from keras_mnv2.formats.runtimes import load_with_shape
 from keras_mnv2.model import MobileNetV2
-from keras_mnv2.preprocessing import MOST_SIDE, preprocessing_of, scales_pixels
+from keras_mnv2.preprocessing import MOST_SIDE, imagenet_labels, preprocessing_of, scales_pixels
 from keras_mnv2.weights.hdf5 import open_hdf5
 from keras_mnv2.weights.source import checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, imagenet_checkpoint
 
 EXPORTED = (".onnx", ".tflite", ".xml", ".pt2")
 SCALES = ("none", "keras")
+# Numbers of ImageNet's classes, without and with the background.
+IMAGENET = (1000, 1001)
 # Of a model that takes any size.
 SIDE = 224
 
@@ -37,6 +40,7 @@ class Classifier:
             width); what is free, or not known, is None.
         preprocessing: how a photograph is resized and cropped for it; `scores` takes its pixels of 0..255.
         scale: whether pixels are scaled to -1..1 for it.
+        settings: of the training run in whose folder it lies; empty elsewhere.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Classifier:
     scale: bool
     _classes: int | None
     _load: Callable[[], keras.Model | Callable[[np.ndarray], Any]]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     _filled: int = 0
 
     def __post_init__(self) -> None:
@@ -137,6 +142,37 @@ class Classifier:
         self._classes = scores.shape[1]
         return scores[: len(x)]
 
+    def match(self, names: Sequence[str]) -> tuple[int, np.ndarray, tuple[str, ...]]:
+        """Which of its scores are those of a data set's classes.
+
+        ImageNet's classes are found by WordNet id or name, and some of them are enough. Other classes are the data
+        set's in their order. A background before ImageNet's classes is no answer: its score is left out.
+
+        Args:
+            names: of the data set's classes.
+
+        Returns:
+            How many of the first scores are left out, 0 or 1; the place of each class among the others; and the names
+            of these.
+
+        Raises:
+            ValueError: where the data set's classes are others.
+        """
+        places = _imagenet_places(names) if self.classes in IMAGENET else {}
+        if names and len(places) == len(names):
+            labels = [label for _, label in imagenet_labels()]
+            for name, place in places.items():
+                labels[place] = name
+            return self.classes - IMAGENET[0], np.array([places[name] for name in names]), tuple(labels)
+        background = (len(names), self.classes) == IMAGENET
+        if len(names) != self.classes - background:
+            unknown = [name for name in names if name not in places]
+            more = f", of which {unknown[0]!r} is no name of ImageNet's" if self.classes in IMAGENET else ""
+            raise ValueError(
+                f"The data set must have the classes of the model, which has {self.classes}, got {len(names)}{more}."
+            )
+        return int(background), np.arange(len(names)), tuple(names)
+
 
 def load_classifier(
     model: str | os.PathLike, *, image_size: int | None = None, alpha: float | None = None, scale: str | None = None
@@ -191,14 +227,31 @@ def load_classifier(
         found = _exported(name, path) if exported else _whole_model(name, path)
         if image_size is not None and found.size not in (None, image_size):
             raise ValueError(f"image_size must be {found.size}, as the model {name!r} takes it, got {image_size}.")
-        found.preprocessing = preprocessing_for(image_size or found.size)
+        found.settings = _run_settings(path)
+        size, run = image_size or found.size or SIDE, found.settings
+        resize = run.get("resize") if size == (run.get("evaluation_size") or run.get("image_size")) else None
+        found.preprocessing = Preprocessing.for_evaluation(size, run.get("weights"), resize)
     return found if scale is None else dataclasses.replace(found, scale=scale == "keras")
 
 
-def preprocessing_for(size: int | None) -> Preprocessing:
-    """How photographs are resized and cropped for a model of unknown origin: Keras's way at `size` pixels a side."""
-    size = size or SIDE
-    return Preprocessing(int(size / 0.875), size)
+def _run_settings(path: Path) -> dict[str, Any]:
+    """The settings of the training run in whose folder a model lies; empty elsewhere."""
+    for folder in (path, path.parent):
+        if (folder / "model.keras").is_file() and (folder / "config.json").is_file():
+            with contextlib.suppress(ValueError):
+                settings = json.loads((folder / "config.json").read_text("utf-8"))
+                return settings if isinstance(settings, dict) else {}
+    return {}
+
+
+def _imagenet_places(names: Sequence[str]) -> dict[str, int]:
+    """The place among ImageNet's classes of each name that is a WordNet id, or the name of one class alone."""
+    known: dict[str, list[int]] = {}
+    for place, label in enumerate(imagenet_labels()):
+        for name in label:
+            known.setdefault(name, []).append(place)
+    found = {name: known.get(name.replace(" ", "_"), []) for name in names}
+    return {name: places[0] for name, places in found.items() if len(places) == 1}
 
 
 def load_model(path: str | os.PathLike) -> keras.Model:
@@ -221,7 +274,7 @@ def _whole_model(name: str, path: Path) -> Classifier:
     if not isinstance(given, tuple) or len(given) != 2:
         raise ValueError(f"model must have a classifier, the one in {name!r} gives {given}.")
     scale = not scales_pixels(model)
-    return _of_keras(name, model.input_shape, preprocessing_for(None), scale, given[1], lambda: model)
+    return _of_keras(name, model.input_shape, preprocessing_of(None), scale, given[1], lambda: model)
 
 
 def _of_weights(name: str, image_size: int | None, alpha: float | None) -> Classifier:
@@ -239,7 +292,7 @@ def _of_weights(name: str, image_size: int | None, alpha: float | None) -> Class
     if not classes:
         raise ValueError(f"model must have a classifier, which {name!r} has not.")
     if image_size is not None:
-        how = dataclasses.replace(how, resize=how.resize * image_size // how.crop, crop=image_size)
+        how = how.at(image_size)
     sides = (image_size or side,) * 2
     shape = (*sides, 3) if keras.config.image_data_format() == "channels_last" else (3, *sides)
 
@@ -271,9 +324,7 @@ def _exported(name: str, path: Path) -> Classifier:
             raise ValueError(f"model must have one output, got {', '.join(sorted(outputs))}.")
         return next(iter(outputs.values()))
 
-    return Classifier(
-        name, path.suffix[1:] or "SavedModel", shape, preprocessing_for(None), False, None, lambda: scores
-    )
+    return Classifier(name, path.suffix[1:] or "SavedModel", shape, preprocessing_of(None), False, None, lambda: scores)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import keras
 import numpy as np
 
 from keras_mnv2.arguments import check_whole
-from keras_mnv2.classifier import SCALES, Classifier, load_classifier, load_model, preprocessing_for
+from keras_mnv2.classifier import IMAGENET, SCALES, SIDE, Classifier, load_classifier, load_model
 from keras_mnv2.cost import cost_profile
 from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export
 from keras_mnv2.folders import SUFFIXES, images_below
@@ -31,8 +31,6 @@ from keras_mnv2.tables import in_columns
 from keras_mnv2.weights.table import Preprocessing, list_weights
 
 TOP = 5
-# Numbers of classes, without and with the background.
-IMAGENET = (1000, 1001)
 # Threads that read images, each a batch ahead of the network.
 READERS = 2
 BAR = 30
@@ -198,13 +196,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     data = evaluation_data(options.folder, batch_size=options.batch_size, normalize=False)
     network = _classifier(options)
     data.how = network.preprocessing
-    classes = _class_indices(data.class_names, network.classes)
+    left_out, classes, _ = network.match(data.class_names)
     network = _loaded(network)
     total, done = len(data.images), 0
     right1 = right5 = 0
     start = time.perf_counter()
     for x, labels in _read_ahead(data):
-        best = np.argsort(-network.scores(x), axis=1, kind="stable")[:, :TOP]
+        best = np.argsort(-network.scores(x)[:, left_out:], axis=1, kind="stable")[:, :TOP]
         hits = best == classes[labels][:, None]
         right1, right5, done = right1 + hits[:, 0].sum(), right5 + hits.any(axis=1).sum(), done + len(x)
         speed = done / (time.perf_counter() - start)
@@ -225,30 +223,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         return
     rows = [(f"{done}", f"{result['top1']:.2f} %", f"{result['top5']:.2f} %", f"{speed:.1f}")]
     print(_table(("images", "top-1", "top-5", "images/s"), rows, right=range(4)))
-
-
-def _class_indices(names: Sequence[str], width: int) -> np.ndarray:
-    """The network's class of each folder, by its WordNet id or name, or by its place among others than ImageNet's."""
-    if width not in IMAGENET:
-        if len(names) != width:
-            raise ValueError(
-                f"The folder must have as many class folders as the model has classes, {width}, got {len(names)}."
-            )
-        return np.arange(width)
-    known: dict[str, list[int]] = {}
-    for index, label in enumerate(imagenet_labels()):
-        for name in label:
-            known.setdefault(name, []).append(index)
-    indices = []
-    for name in names:
-        found = known.get(name.replace(" ", "_"), [])
-        if len(found) != 1:
-            raise ValueError(
-                f"The class folders must be named by ImageNet's WordNet ids, such as n01440764, or by names that are "
-                f"its alone, got {name!r}."
-            )
-        indices.append(found[0] + width - 1000)
-    return np.array(indices)
 
 
 def _read_ahead(data: keras.utils.PyDataset) -> Iterator[tuple[np.ndarray, ...]]:
@@ -318,8 +292,8 @@ def _calibration(folder: str, model: keras.Model, how: Preprocessing | None) -> 
         raise ValueError(f"--calibration must be a folder of images ({', '.join(SUFFIXES)}), got {folder!r}.")
     count = min(len(paths), CALIBRATION_IMAGES)
     chosen = [paths[i * len(paths) // count] for i in range(count)]
-    default = preprocessing_for(model.input_shape[2])
-    data = evaluation_data(chosen, weights=how or default, normalize=not scales_pixels(model))
+    how = how or Preprocessing.for_evaluation(model.input_shape[2] or SIDE)
+    data = evaluation_data(chosen, weights=how, normalize=not scales_pixels(model))
     images = np.concatenate([x for (x,) in _read_ahead(data)])
     return np.moveaxis(images, -1, 1) if model.input_shape[-1] != 3 else images
 

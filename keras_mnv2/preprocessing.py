@@ -154,11 +154,9 @@ def resize_and_crop(
         (224, 224, 3)
     """
     how = preprocessing_of(weights)
-    crop = how.crop
     if size is not None:
-        size = check_whole("size", size, most=MOST_SIDE)
-        crop = size
-    shorter = how.resize * crop // how.crop
+        how = how.at(check_whole("size", size, most=MOST_SIDE))
+    shorter, crop = how.resize, how.crop
     picture = load_image(image)
     width, height = picture.size
     if not width or not height:

@@ -11,6 +11,7 @@ from .ranges import (
     CountOr0,
     Many,
     MaybeCount,
+    MaybeFlag,
     MaybePart,
     MaybePixels,
     MaybePositive,
@@ -147,8 +148,8 @@ class Config:
     """Whether a GPU computes in a fixed order, which is slower; a CPU does anyhow."""
     tensorboard: bool = field(default=False, metadata=FREE)
     """Whether to write TensorBoard's files into `tensorboard/`, which needs TensorFlow and TensorBoard."""
-    saved_model: bool = field(default=True, metadata=FREE)
-    """Whether to export a SavedModel, which needs TensorFlow on every backend."""
+    saved_model: MaybeFlag = field(default=None, metadata=FREE)
+    """Whether to export a SavedModel, which needs TensorFlow on every backend; by default where that is installed."""
     steps_per_epoch: MaybeCount = None
     """Steps of an epoch, for a short try; by default all images."""
     quantize_epochs: CountOr0 = 0

@@ -1,6 +1,5 @@
 """`python -m training.evaluate MODEL`: accuracy, confusion and mistakes of a model on a data set."""
 
-import json
 import shlex
 import sys
 import time
@@ -15,8 +14,6 @@ import tyro
 from . import files, process
 from .process import fail
 from .ranges import Batch, MaybePixels, MaybePositive, check_all, parsed
-
-IMAGENET_CLASSES, WITH_BACKGROUND = 1000, 1001
 
 
 @dataclass(frozen=True)
@@ -80,22 +77,19 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
     from .report import evaluation, metrics, mistakes, page
     from .report.versions import versions
 
-    run = _settings(Path(options.model))
+    network = keras_mnv2.load_classifier(
+        options.model, image_size=options.image_size, alpha=options.alpha, scale=options.scale
+    )
+    run = network.settings
     dataset, split, out = options.dataset or run.get("dataset"), options.split, options.out
     if dataset is None:
         raise ValueError("dataset must be given, for a model that is no run folder.")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    network = keras_mnv2.load_classifier(
-        options.model, image_size=options.image_size, alpha=options.alpha, scale=options.scale
-    )
     size = options.image_size or network.size
     if size is None:
         raise ValueError(f"image_size must be given for {network.name!r}, which does not say which size it takes.")
-    resize = options.resize
-    if resize is None and size == (run.get("evaluation_size") or run.get("image_size")):
-        resize = run.get("resize")
-    how = batches.centre_crop(size, run.get("weights") or network.name, resize)
+    how = network.preprocessing.at(size, options.resize)
     parts, names = sets.read(dataset, size, options.data_dir or run.get("data_dir"))
     if split == "all":
         if set(parts) != {"train"}:
@@ -106,17 +100,15 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
     ordered = batches.ordered_batches(images, len(names), how, options.batch_size)
 
     # Not timed: the first call compiles.
-    width = _first_scores(network, size, options.batch_size).shape[1]
-    background = width == WITH_BACKGROUND and len(names) == IMAGENET_CLASSES
-    if not background and width != len(names):
-        raise ValueError(f"dataset must have the classes of the model, which has {width}, got {len(names)} classes.")
+    _first_scores(network, size, options.batch_size)
+    left_out, places, names = network.match(names)
     start = time.perf_counter()
     try:
         scores, labels = batches.read_scores(network.scores, ordered)
     except ValueError as error:
         raise ValueError(str(error).replace("images must have", "dataset must have images of", 1)) from error
     seconds = time.perf_counter() - start
-    scores = scores[:, 1:] if background else scores
+    scores, labels = scores[:, left_out:], places[labels]
     if not np.isfinite(scores).all():
         raise ValueError(f"model must give finite scores, got others for {(~np.isfinite(scores)).any(1).sum()} images.")
     worst = mistakes.worst(scores, labels, ordered, names)
@@ -146,7 +138,7 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
             with files.beside(out / f"{name}.npy") as part:
                 np.save(part, array)
         files.write_json(out / "results.json", results)
-        worst, no_maps = evaluation.explained(worst, network, 1 if background else 0)
+        worst, no_maps = evaluation.explained(worst, network, left_out)
         report = page.Report(
             title=f"{Path(network.name).name} on {Path(dataset).name}",
             subtitle=f"{network.name}, run by {network.runtime}, on {len(labels):,} {split} images of {dataset}.",
@@ -182,18 +174,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("\n".join(f"{name}: {why}" for name, why in sorted(skipped.items())))
 
 
-def _settings(path):
-    """The settings of a run folder, or of the one that a file lies in; empty elsewhere."""
-    folder = path if path.is_dir() else path.parent
-    if not path.exists() or not all((folder / name).is_file() for name in ("model.keras", "config.json")):
-        return {}
-    return json.loads((folder / "config.json").read_text())
-
-
 def _first_scores(network, size, batch_size):
     shape = (batch_size, size, size, network.channels or 3)
     try:
-        return network.scores(np.zeros(shape, "float32"))
+        network.scores(np.zeros(shape, "float32"))
     except ValueError:
         raise
     except Exception as error:

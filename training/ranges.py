@@ -66,6 +66,17 @@ class Rows:
         return numbered and all(map(_COUNT.allows, row)) and row[-1] <= 2
 
 
+@dataclass(frozen=True)
+class Flag:
+    """True or False."""
+
+    def check(self, name: str, value: Any) -> bool:
+        """`value`; raises `ValueError` where it is neither."""
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}.")
+        return value
+
+
 _BOX = re.compile("[\u2500-\u257f]+|-{5,}")
 
 
@@ -104,6 +115,8 @@ Rate = Annotated[float, _RATE, tyro.conf.arg(metavar="0<=FLOAT<1")]
 MaybeRate = Annotated[float | None, _RATE, tyro.conf.arg(metavar="None|0<=FLOAT<1")]
 Part = Annotated[float, _PART, tyro.conf.arg(metavar="0<FLOAT<=1")]
 MaybePart = Annotated[float | None, _PART, tyro.conf.arg(metavar="None|0<FLOAT<=1")]
+# On the command line a flag, which may also be left out.
+MaybeFlag = Annotated[bool | None, Flag(), tyro.conf.DisallowNone]
 Stages = Annotated[tuple[tuple[int, int, int, int], ...] | None, Rows(4)]
 
 
@@ -128,9 +141,7 @@ def checked(name: str, kind: Any, value: Any) -> Any:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
         return value
     if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be True or False, got {value!r}.")
-        return value
+        return Flag().check(name, value)
     if not isinstance(value, str if kind is str else str | os.PathLike) or not os.fspath(value):
         raise ValueError(f"{name} must be {'a text' if kind is str else 'a path'} that is not empty, got {value!r}.")
     return kind(value)

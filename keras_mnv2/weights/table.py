@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -37,6 +37,31 @@ class Preprocessing:
     mean: tuple[float, float, float] = HALF
     std: tuple[float, float, float] = HALF
     crop_rounding: str = "floor"
+
+    @classmethod
+    def for_evaluation(cls, size: int, weights: str | None = None, resize: int | None = None) -> "Preprocessing":
+        """How photographs are resized and cropped for a model, where no more is known of it.
+
+        Args:
+            size: side of its images, in pixels.
+            weights: what it started with; a published checkpoint's way is its own. Otherwise the shorter side is
+                resized to 256 for each 224 pixels, as in torchvision.
+            resize: pixels of the shorter side after resizing, instead.
+
+        Raises:
+            ValueError: on sides that are no whole numbers.
+
+        Examples:
+            >>> Preprocessing.for_evaluation(112).resize
+            128
+        """
+        known: dict[str | None, Preprocessing] = {each.name: each.preprocessing for each in CHECKPOINTS}
+        how = known[weights] if weights in known else cls(256, 224, crop_rounding="round")
+        return how.at(check_whole("size", size), resize and check_whole("resize", resize))
+
+    def at(self, size: int, resize: int | None = None) -> "Preprocessing":
+        """The same for images of `size` pixels a side. The resizing scales with it, unless `resize` is given."""
+        return replace(self, resize=resize or self.resize * size // self.crop, crop=size)
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ REFUSED = [
     ("scale_with_devices", "twice", "one of 'no', 'linear', 'sqrt'"),
     ("flip", "no", "True or False"),
     ("saved_model", 1, "True or False"),
+    ("saved_model", "True", "True or False"),
     ("dataset", "", "a text that is not empty"),
     ("weights", 5, "a text that is not empty"),
     ("run_dir", 5, "a path that is not empty"),

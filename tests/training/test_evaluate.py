@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import keras_mnv2
+from keras_mnv2 import cli
 from tests.conftest import once, once_on
 from tests.helpers import randomise
 from training import evaluate
@@ -268,6 +269,53 @@ def test_the_background_of_1001_classes_is_dropped(tmp_path, monkeypatch):
     assert "The 4 least accurate of 1000 classes" in text(found)
 
 
+def accuracy_of_both_commands(capsys, model, folder):
+    """Top-1 as `keras-mnv2 evaluate` and `python -m training.evaluate` give it, which must agree in top-5 too."""
+    assert cli.main(["evaluate", str(folder), "--weights", str(model), "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    other = evaluated(model, str(folder), split="all")
+    assert one["images"] == other["images"]
+    assert (one["top1"], one["top5"]) == pytest.approx((100 * other["top1"], 100 * other["top5"]))
+    return other
+
+
+@once
+def test_both_commands_cut_photographs_of_an_unknown_model_alike(capsys, tmp_path):
+    inputs = keras.Input((32, 32, 3))
+    left = keras.layers.GlobalAveragePooling2D()(keras.layers.Cropping2D(((0, 0), (0, 31)))(inputs))
+    keras.Model(inputs, left).save(tmp_path / "left.keras")
+    for label, name in enumerate(COLOURS):
+        # The crop's left column is 3.5, rounded to 4; the one before has another class's colour.
+        pixels = np.zeros((36, 39, 3), "uint8")
+        pixels[:, 4, (2, 1, 0)[label]] = pixels[:, 3, label - 1] = 255
+        (tmp_path / "colours" / f"{2 - label}{name}").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "colours" / f"{2 - label}{name}" / "0.png")
+    assert accuracy_of_both_commands(capsys, tmp_path / "left.keras", tmp_path / "colours")["top1"] == 1
+
+
+@once
+def test_both_commands_leave_the_background_of_1001_classes_out(capsys, tmp_path, rng):
+    inputs = keras.Input((32, 32, 3))
+    scores = keras.layers.Dense(1001)(keras.layers.GlobalAveragePooling2D()(inputs))
+    model = keras.Model(inputs, scores)
+    kernel = rng.normal(size=(3, 1001)).astype("float32")
+    # Names of ImageNet's classes 0, 1 and 283, whose order is another one.
+    for place, (name, colour) in enumerate({"tench": 0, "goldfish": 1, "Persian cat": 2}.items()):
+        kernel[colour, 1 + (0, 1, 283)[place]] = 9
+        pixels = np.zeros((36, 36, 3), "uint8")
+        pixels[..., colour] = 255
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / name / "0.png")
+    Image.fromarray(pixels).save(tmp_path / "photos" / "tench" / "cat.png")
+    model.layers[-1].set_weights([kernel, np.eye(1, 1001)[0] * 1000])
+    model.save(tmp_path / "background.keras")
+    found = accuracy_of_both_commands(capsys, tmp_path / "background.keras", tmp_path / "photos")
+    assert found["top1"] == 0.75
+    (mistake,) = found["mistakes"]
+    assert (mistake["label"], mistake["prediction"]) == ("tench", "Persian cat")
+    assert len(found["per_class"]) == 1000
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "training.evaluate", *map(str, arguments)], capture_output=True, text=True
@@ -307,7 +355,7 @@ def test_bad_inputs_end_in_one_sentence(saved, photographs, tmp_path, monkeypatc
     for arguments, message in (
         ([saved], "dataset must be given"),
         ([saved, "--dataset", "cats of mine"], "dataset must be"),
-        ([saved, "--dataset", "digits"], "dataset must have the classes of the model, which has 3, got 10"),
+        ([saved, "--dataset", "digits"], "data set must have the classes of the model, which has 3, got 10"),
         ([saved, *data, "--image-size", "64"], "image_size must be 32"),
         ([saved, *data, "--batch-size", "0"], "batch_size must be a whole number of at least 1 and at most"),
         ([saved, *data, "--image-size", "-32"], "image_size must be a whole number of at least 1"),

@@ -22,8 +22,6 @@ from . import augment
 from .sets import Split
 
 MOST_WORKERS = 16
-# Resize and crop of an evaluation of 224 pixels, torchvision's first and most used.
-RESIZE, CROP = 256, 224
 
 
 class Batches(keras.utils.PyDataset):
@@ -203,23 +201,10 @@ class Batches(keras.utils.PyDataset):
         return None
 
 
-def centre_crop(size: int, weights: str | None = None, resize: int | None = None) -> keras_mnv2.Preprocessing:
-    """How photographs are resized and cropped for an evaluation.
-
-    Args:
-        size: side of the images, in pixels.
-        weights: whose way it is, where they are published.
-        resize: shorter side before the crop; by default that of the weights, or 256 for each 224 pixels.
-    """
-    known = {checkpoint.name: checkpoint.preprocessing for checkpoint in keras_mnv2.list_weights()}
-    how = known.get(weights or "", keras_mnv2.Preprocessing(RESIZE, CROP, crop_rounding="round"))
-    resize = resize or how.resize * size // how.crop
-    return keras_mnv2.Preprocessing(resize, size, how.interpolation, how.mean, how.std, how.crop_rounding)
-
-
 def preprocessing(config: Config) -> keras_mnv2.Preprocessing:
     """How the photographs of validation and test are resized and cropped."""
-    return centre_crop(config.evaluation_size or config.image_size, config.weights, config.resize)
+    size = config.evaluation_size or config.image_size
+    return keras_mnv2.Preprocessing.for_evaluation(size, config.weights, config.resize)
 
 
 def training_batches(split: Split, classes: int, config: Config, share: tuple[int, int] = (0, 1)) -> Batches:

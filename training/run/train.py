@@ -129,7 +129,7 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
         results["test_accuracy"] = metrics.top_k(scores, labels, 1)
         print(f"test accuracy {results['test_accuracy']:.2%} on {len(labels)} images")
         with engine.alone():
-            if config.saved_model:
+            if config.saved_model is not False and installed("tensorflow"):
                 sample = inputs.test[0][0][:SAMPLE]
                 exported = keras_mnv2.export(
                     final, this.folder / "saved_model", labels=inputs.class_names, sample=sample
@@ -173,6 +173,8 @@ def introduce(run: Run, inputs: Inputs, model: keras.Model) -> None:
     where = f" on {engine.replicas} devices of {run.channel.of} processes" if engine.replicas > 1 else ""
     found = f"{model.count_params():,} parameters, results in {run.folder}"
     print(f"{config.recipe} on {keras.backend.backend()}{where}: {found}", flush=True)
+    if config.saved_model is None and not installed("tensorflow"):
+        print('no SavedModel will be written, which needs pip install "keras_mnv2[tensorflow]"', flush=True)
 
 
 def check_packages(config: Config) -> None:
@@ -182,13 +184,18 @@ def check_packages(config: Config) -> None:
         "tensorboard": ("tensorflow", "tensorboard") if config.tensorboard else (),
         "quantize_epochs": ("tensorflow", "ai_edge_litert") if config.quantize_epochs else (),
     }
-    extras = {"saved_model": "tensorflow", "tensorboard": "train", "quantize_epochs": "litert"}
+    extras = {"saved_model": "tensorflow", "tensorboard": "tensorflow,train", "quantize_epochs": "litert"}
     for field, packages in needed.items():
-        if any(importlib.util.find_spec(name) is None for name in packages):
+        if not installed(*packages):
             raise ImportError(
                 f'{field} needs {" and ".join(packages)}: pip install "keras_mnv2[{extras[field]}]", '
                 f"or pass {'--quantize-epochs 0' if field == 'quantize_epochs' else f'--no-{field}'.replace('_', '-')}."
             )
+
+
+def installed(*packages: str) -> bool:
+    """Whether all of these packages are."""
+    return all(importlib.util.find_spec(name) is not None for name in packages)
 
 
 def scaled(config: Config, engine: Engine) -> Config:

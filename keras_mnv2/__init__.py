@@ -1,6 +1,8 @@
 """MobileNetV2 for Keras 3 on TensorFlow, JAX and PyTorch."""
 
-import keras_mnv2.backend  # noqa: F401  First: it chooses what Keras starts.  isort: skip
+import keras_mnv2.start
+
+import keras_mnv2.backend  # noqa: F401  It chooses what Keras starts.  isort: skip
 
 from keras_mnv2 import applications, layers
 from keras_mnv2.classifier import Classifier, load_classifier

@@ -1,58 +1,19 @@
 """The checks of arguments: each error names the argument, the value, and what is allowed."""
 
-import numbers
-import os
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import keras
-import numpy as np
+
+from keras_mnv2.checks import check_choice as check_choice
+from keras_mnv2.checks import check_flag as check_flag
+from keras_mnv2.checks import check_path as check_path
+from keras_mnv2.checks import check_positive as check_positive
+from keras_mnv2.checks import check_rate as check_rate
+from keras_mnv2.checks import check_whole as check_whole
 
 NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-Choice = TypeVar("Choice")
-
-
-def check_positive(name: str, value: Any, most: float = sys.float_info.max) -> float:
-    """`value` as a number of Python; raises `ValueError` unless it is above 0 and at most `most`."""
-    if not _is_number(value) or not 0 < value <= most:
-        bound = f", and at most {most}" if most != sys.float_info.max else ""
-        raise ValueError(f"{name} must be a finite number above 0{bound}, got {value!r}.")
-    return _plain(value)
-
-
-def check_whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """`value` as an integer of Python; raises `ValueError` unless it is whole, and from `least` to `most`."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or int(value) < least or (most is not None and int(value) > most):
-        bound = f" and at most {most}" if most is not None else ""
-        raise ValueError(f"{name} must be a whole number of at least {least}{bound}, got {value!r}.")
-    return int(value)
-
-
-def check_rate(name: str, value: Any) -> float:
-    """`value` as a number of Python; raises `ValueError` unless it is from 0 up to, and not including, 1."""
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"{name} must be a number from 0 up to, and not including, 1, got {value!r}.")
-    return _plain(value)
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[Choice]) -> Choice:
-    """The one of `allowed` that `value` is; raises `ValueError` where it is none."""
-    for choice in allowed:
-        same = type(value) is type(choice) or (isinstance(value, numbers.Integral) and isinstance(choice, int))
-        if same and not isinstance(value, bool) and value == choice:
-            return choice
-    raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-
-
-def check_flag(name: str, value: Any) -> bool:
-    """`value` as True or False; raises `ValueError` where it is neither, such as a text."""
-    if not isinstance(value, bool | np.bool_):
-        raise ValueError(f"{name} must be True or False, got {value!r}.")
-    return bool(value)
 
 
 def check_model(name: str, model: Any) -> keras.Model:
@@ -67,13 +28,6 @@ def check_graph(name: str, model: Any) -> Any:
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ValueError(f"{name} must be a built functional or sequential Keras model, got {model!r}.")
     return model
-
-
-def check_path(name: str, path: Any) -> Path:
-    """`path` as a `Path`; raises `ValueError` where it is none, or empty."""
-    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or not os.fspath(path):
-        raise ValueError(f"{name} must be a path that is not empty, got {path!r}.")
-    return Path(path)
 
 
 def activation_function(name: str, activation: Any) -> Callable[..., Any]:
@@ -141,13 +95,3 @@ def norm_config(norm_layer: Any) -> str | dict[str, Any] | None:
 
 def _is_layer(value: object) -> bool:
     return isinstance(value, keras.layers.Layer)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _plain(value: Any) -> int | float:
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value)

@@ -4,8 +4,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import json
 import re
 import sys
@@ -27,6 +25,7 @@ from keras_mnv2.folders import SUFFIXES, images_below
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.photographs import evaluation_data
 from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of, probabilities, scales_pixels
+from keras_mnv2.start import training
 from keras_mnv2.tables import in_columns
 from keras_mnv2.weights.table import Preprocessing, list_weights
 
@@ -131,13 +130,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(words: Sequence[str], own_process: bool) -> int:
     """The training's own command, whose arguments its settings are."""
-    name = "keras_mnv2.training"
-    if importlib.util.find_spec(name) is None:
-        # In a checkout the training lies beside this package, under its own name.
-        name = "training"
-        sys.path.insert(0, str(Path(__file__).parents[1]))
     try:
-        command = importlib.import_module(f"{name}.__main__")
+        command = training("__main__")
     except ModuleNotFoundError as error:
         print(f'error: train needs {error.name}: pip install "keras_mnv2[train]".', file=sys.stderr)
         return 2

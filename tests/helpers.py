@@ -82,3 +82,18 @@ def run_python(code, backend, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def hiding(*packages):
+    """Code that hides these packages from the process that runs it, as where they are not installed."""
+    return f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *args, **kwargs):
+        return None if name.partition(".")[0] in {packages!r} else super().find_spec(name, *args, **kwargs)
+
+sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+"""

@@ -79,7 +79,8 @@ def repeated(recipe: str, arguments: list[str]) -> str:
             del kept[kept.index(flag) : kept.index(flag) + 2]
     kept = [word for word in kept if not word.startswith(("--run-dir=", "--run_dir=")) and word != "--resume"]
     backend = os.environ.get("KERAS_BACKEND")
-    return f"{f'KERAS_BACKEND={backend} ' if backend else ''}{process.COMMAND} {shlex.join([recipe, *kept])}"
+    command = os.environ.get(process.LAUNCH, process.COMMAND)
+    return f"{f'KERAS_BACKEND={backend} ' if backend else ''}{command} {shlex.join([recipe, *kept])}"
 
 
 if __name__ == "__main__":

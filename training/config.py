@@ -147,7 +147,7 @@ class Config:
     deterministic: bool = False
     """Whether a GPU computes in a fixed order, which is slower; a CPU does anyhow."""
     tensorboard: bool = field(default=False, metadata=FREE)
-    """Whether to write TensorBoard's files into `tensorboard/`, which needs TensorFlow and TensorBoard."""
+    """Whether to write TensorBoard's files into `tensorboard/`, which needs TensorFlow on every backend."""
     saved_model: MaybeFlag = field(default=None, metadata=FREE)
     """Whether to export a SavedModel, which needs TensorFlow on every backend; by default where that is installed."""
     steps_per_epoch: MaybeCount = None

@@ -7,6 +7,7 @@ machines the same line runs on each, with `--hosts A,B` and its own `--host-numb
 import argparse
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from .__main__ import settings, split
 from .parallel.channel import LOST
-from .process import PACKAGE
+from .process import LAUNCH, PACKAGE
 
 # After the end of one worker, the others have this long to say what they know before they are told to end.
 PATIENCE = 3.0
@@ -53,11 +54,13 @@ def main() -> int:
         ports = [first + i for i in range(options.processes + 1)]
     else:
         ports = free_ports(options.processes + 1)
+    own = sys.argv[1 : len(sys.argv) - len(options.command)]
+    told = {LAUNCH: shlex.join(["python", "-m", f"{PACKAGE}.launch", *own])}
     numbers = [options.host_number * options.processes + i for i in range(options.processes)]
     started = {
         number: subprocess.Popen(
             [sys.executable, "-m", PACKAGE, *options.command],
-            env={**os.environ, **environment(number, options.processes, hosts, ports, os.environ)},
+            env={**os.environ, **told, **environment(number, options.processes, hosts, ports, os.environ)},
             # A terminal's Ctrl-C reaches them once, through this process.
             start_new_session=True,
         )

@@ -8,6 +8,8 @@ from typing import NoReturn
 PACKAGE = __package__
 # What a user types.
 COMMAND = "python -m training" if PACKAGE == "training" else "keras-mnv2 train"
+# The variable in which a launch tells its workers its own command.
+LAUNCH = "KERAS_MNV2_LAUNCH"
 
 # A training step takes and gives back gigabytes. By default glibc maps each array above 32 MB anew, page by page:
 # 222,000 page faults a step of batch 16 on JAX. These settings keep the memory and ask for pages of 2 MB.

@@ -138,11 +138,11 @@ class Unit:
         return keras.ops.cast(kernel, x.dtype), None if bias is None else keras.ops.cast(bias, x.dtype)
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        operation = ops.depthwise_convolution if self.depthwise else ops.convolution
-        return operation(
+        return ops.convolution(
             x,
             kernel,
             bias,
+            depthwise=self.depthwise,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,

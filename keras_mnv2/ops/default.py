@@ -115,7 +115,7 @@ def fold(
 
 
 def lay_out(kernel: Tensor, depthwise: bool) -> Any:
-    """A kernel in the form in which several calls of `convolution` or `depthwise_convolution` read it fastest."""
+    """A kernel in the form in which several calls of `convolution` read it fastest."""
     return kernel
 
 
@@ -161,17 +161,19 @@ def convolution(
     kernel: Tensor,
     bias: Tensor | None = None,
     *,
+    depthwise: bool = False,
     stride: int = 1,
     padding: Padding = "same",
     dilation: int = 1,
     data_format: str = "channels_last",
 ) -> Tensor:
-    """Dense 2D convolution.
+    """2D convolution, dense or depthwise.
 
     Args:
         x: images, NHWC (or NCHW with `data_format="channels_first"`).
-        kernel: (height, width, in, out).
+        kernel: (height, width, in, out), or (height, width, channels, 1) of a depthwise convolution.
         bias: (out,), or None.
+        depthwise: which of the two.
         stride: of both sides.
         padding: `"same"` as TensorFlow pads, `"symmetric"` as PyTorch does, `"valid"`, or the zeros before and after
             each side.
@@ -185,21 +187,22 @@ def convolution(
         >>> tuple(convolution(np.ones((1, 8, 8, 3)), np.ones((3, 3, 3, 16)), stride=2).shape)
         (1, 4, 4, 16)
     """
-    return _convolve(ops.conv, x, kernel, bias, stride, padding, dilation, data_format)
-
-
-def depthwise_convolution(
-    x: Tensor,
-    kernel: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: Padding = "same",
-    dilation: int = 1,
-    data_format: str = "channels_last",
-) -> Tensor:
-    """Depthwise 2D convolution: like `convolution`, with a kernel (height, width, channels, 1)."""
-    return _convolve(ops.depthwise_conv, x, kernel, bias, stride, padding, dilation, data_format)
+    size = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
+    pairs = spatial_padding(padding, kernel.shape[:2], size, stride, dilation)
+    if pairs is not None and any(map(any, pairs)):
+        channels_last = data_format == "channels_last"
+        x = ops.pad(x, [(0, 0), *pairs, (0, 0)] if channels_last else [(0, 0), (0, 0), *pairs])
+    y = (ops.depthwise_conv if depthwise else ops.conv)(
+        x,
+        kernel,
+        strides=stride,
+        padding="same" if pairs is None else "valid",
+        data_format=data_format,
+        dilation_rate=dilation,
+    )
+    if bias is not None:
+        y = y + (bias if data_format == "channels_last" else ops.reshape(bias, (-1, 1, 1)))
+    return y
 
 
 def batch_normalization(
@@ -277,31 +280,3 @@ def fake_quantize(x: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     zero_point = ops.round(-minimum / scale)
     inside = ops.clip(x, (0 - zero_point) * scale, (255 - zero_point) * scale)
     return inside + ops.stop_gradient(ops.round(inside / scale) * scale - inside)
-
-
-def _convolve(
-    convolve: Callable[..., Any],
-    x: Tensor,
-    kernel: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: Padding,
-    dilation: int,
-    data_format: str,
-) -> Tensor:
-    size = x.shape[1:3] if data_format == "channels_last" else x.shape[2:4]
-    pairs = spatial_padding(padding, kernel.shape[:2], size, stride, dilation)
-    if pairs is not None and any(map(any, pairs)):
-        channels_last = data_format == "channels_last"
-        x = ops.pad(x, [(0, 0), *pairs, (0, 0)] if channels_last else [(0, 0), (0, 0), *pairs])
-    y = convolve(
-        x,
-        kernel,
-        strides=stride,
-        padding="same" if pairs is None else "valid",
-        data_format=data_format,
-        dilation_rate=dilation,
-    )
-    if bias is not None:
-        y = y + (bias if data_format == "channels_last" else ops.reshape(bias, (-1, 1, 1)))
-    return y

@@ -24,31 +24,12 @@ from keras_mnv2.ops import default
 from keras_mnv2.ops.jax_depthwise import Geometry, depthwise
 from keras_mnv2.ops.padding import Padding, spatial_padding
 
-fake_quantize = default.fake_quantize
-compiled = default.compiled
-fold = default.fold
-folds_noted = default.folds_noted
-is_compiling = default.is_compiling
-is_watched = default.is_watched
-lay_out = default.lay_out
-moving_average = default.moving_average
-normalize = default.normalize
-numbers = default.numbers
-relu6 = default.relu6
-run_later = default.run_later
-runs_directly = default.runs_directly
-train_block = default.train_block
-uncompiled = default.uncompiled
-versions = default.versions
-
-
 # Of hidden activations: two images of alpha 1.0 at 224x224. The memory that XLA takes for a call is then below
 # the 32 MB from which glibc maps and unmaps it each time: 200 images/s where whole batches of 32 gave 130 to 160.
 CHUNK_BYTES = 10e6
 
 
 def block_in_chunks(function: Callable[[Tensor], Any], x: Tensor, hidden_size: int) -> Any:
-    """See `keras_mnv2.ops.default.block_in_chunks`."""
     # Only where it is compiled: in eager mode the loop would be compiled again at each call.
     traced = isinstance(x, jax.core.Tracer) and isinstance(x.shape[0], int)
     if not (traced and _on_cpu() and keras.distribution.distribution() is None):
@@ -69,7 +50,7 @@ _calls: dict[int, tuple] = {}
 
 
 def note(output: Tensor, call: Any) -> Tensor:
-    """See `keras_mnv2.ops.default.note`: what reads the end of a block then computes the block in chunks.
+    """What reads the end of a block then computes the block in chunks.
 
     While compiling alone: the compiler leaves out what nobody reads, here the block layer by layer.
     """
@@ -82,19 +63,16 @@ def note(output: Tensor, call: Any) -> Tensor:
 
 
 def call_of(x: Tensor) -> Any:
-    """See `keras_mnv2.ops.default.call_of`."""
     reference, call = _calls.get(id(x), (None, None))
     return call if reference is not None and reference() is x else None
 
 
 def known(x: Tensor) -> Tensor:
-    """See `keras_mnv2.ops.default.known`."""
     call = call_of(x)
     return x if call is None or call.value is None else call.value
 
 
 def settled(x: Tensor) -> Tensor:
-    """See `keras_mnv2.ops.default.settled`."""
     call = call_of(x)
     return call.evaluate(x) if call is not None and call.ends_block else x
 
@@ -104,12 +82,14 @@ def convolution(
     kernel: Tensor,
     bias: Tensor | None = None,
     *,
+    depthwise: bool = False,
     stride: int = 1,
     padding: Padding = "same",
     dilation: int = 1,
     data_format: str = "channels_last",
 ) -> Tensor:
-    """See `keras_mnv2.ops.default.convolution`."""
+    if depthwise and _form() is not None:
+        return _depthwise_convolution(x, kernel, bias, stride, padding, dilation, data_format)
     if _form() is not None and kernel.shape[:2] == (1, 1) and stride == 1 and data_format == "channels_last":
         y = _product(x, kernel[0, 0])
         return y if bias is None else y + bias
@@ -122,35 +102,8 @@ def convolution(
         y = _product(columns, kernel.reshape(-1, kernel.shape[3]))
         return y if bias is None else y + bias
     return default.convolution(
-        x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
+        x, kernel, bias, depthwise=depthwise, stride=stride, padding=padding, dilation=dilation, data_format=data_format
     )
-
-
-def depthwise_convolution(
-    x: Tensor,
-    kernel: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: Padding = "same",
-    dilation: int = 1,
-    data_format: str = "channels_last",
-) -> Tensor:
-    """See `keras_mnv2.ops.default.depthwise_convolution`."""
-    if _form() is None:
-        return default.depthwise_convolution(
-            x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
-        )
-    first = data_format == "channels_first"
-    x = jnp.moveaxis(x, 1, 3) if first else x
-    pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, dilation)
-    assert pairs is not None
-    geometry = Geometry(x.shape[1:3], kernel.shape[:2], stride, tuple(pairs), dilation)
-    form = _depthwise_form()
-    assert form is not None
-    y = depthwise(x, kernel[..., 0], geometry, form)
-    y = y if bias is None else y + bias
-    return jnp.moveaxis(y, 3, 1) if first else y
 
 
 def batch_normalization(
@@ -161,10 +114,10 @@ def batch_normalization(
     data_format: str = "channels_last",
     synchronized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `keras_mnv2.ops.default.batch_normalization`.
+    """On GPUs the statistics of bfloat16 images take one pass.
 
-    On GPUs the statistics of bfloat16 images take one pass. Rounding to bfloat16 adds 1e-6 to 5e-6 of the mean's square
-    to a variance, as much as its difference of two sums of float32 may lose; of wider images it would lose digits.
+    Rounding to bfloat16 adds 1e-6 to 5e-6 of the mean's square to a variance, as much as its difference of two sums of
+    float32 may lose; of wider images it would lose digits.
     """
     if _form() != "gpu" or x.dtype != jnp.bfloat16:
         return default.batch_normalization(x, gamma, beta, epsilon, data_format, synchronized)
@@ -175,6 +128,21 @@ def batch_normalization(
     variance = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0)
     y = default.normalize(wide, gamma, beta, mean, variance, epsilon, data_format)
     return y.astype(x.dtype), mean, variance
+
+
+def _depthwise_convolution(
+    x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: Padding, dilation: int, data_format: str
+) -> Tensor:
+    first = data_format == "channels_first"
+    x = jnp.moveaxis(x, 1, 3) if first else x
+    pairs = spatial_padding(padding, kernel.shape[:2], x.shape[1:3], stride, dilation)
+    assert pairs is not None
+    geometry = Geometry(x.shape[1:3], kernel.shape[:2], stride, tuple(pairs), dilation)
+    form = _depthwise_form()
+    assert form is not None
+    y = depthwise(x, kernel[..., 0], geometry, form)
+    y = y if bias is None else y + bias
+    return jnp.moveaxis(y, 3, 1) if first else y
 
 
 def _form() -> str | None:

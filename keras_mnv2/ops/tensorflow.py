@@ -13,28 +13,11 @@ from keras_mnv2.annotations import Tensor
 from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import Padding, spatial_padding
 
-block_in_chunks = default.block_in_chunks
-compiled = default.compiled
-fold = default.fold
-is_compiling = default.is_compiling
-is_watched = default.is_watched
-known = default.known
-lay_out = default.lay_out
-moving_average = default.moving_average
-network_in_chunks = default.network_in_chunks
-normalize = default.normalize
-numbers = default.numbers
 relu6 = tf.nn.relu6
-run_later = default.run_later
-runs_directly = default.runs_directly
-train_block = default.train_block
-uncompiled = default.uncompiled
-versions = default.versions
-settled = default.settled
 
 
 def note(output: Tensor, call: Any) -> Tensor:
-    """See `keras_mnv2.ops.default.note`: a batch norm then folds itself into the convolution before it.
+    """A batch norm then folds itself into the convolution before it.
 
     In a graph alone, which leaves out what nobody reads: here the convolution without the batch norm.
     """
@@ -44,12 +27,10 @@ def note(output: Tensor, call: Any) -> Tensor:
 
 
 def call_of(x: Tensor) -> Any:
-    """See `keras_mnv2.ops.default.call_of`."""
     return getattr(x, "_keras_mnv2_call", None)
 
 
 def folds_noted(x: Tensor) -> bool:
-    """See `keras_mnv2.ops.default.folds_noted`."""
     return call_of(x) is not None
 
 
@@ -58,47 +39,25 @@ def convolution(
     kernel: Tensor,
     bias: Tensor | None = None,
     *,
+    depthwise: bool = False,
     stride: int = 1,
     padding: Padding = "same",
     dilation: int = 1,
     data_format: str = "channels_last",
 ) -> Tensor:
-    """See `keras_mnv2.ops.default.convolution`."""
+    options: dict[str, Any] = {"depthwise": depthwise, "stride": stride, "padding": padding, "dilation": dilation}
     if data_format == "channels_first" and not tf.config.list_physical_devices("GPU"):
         images = tf.transpose(x, (0, 2, 3, 1))
-        y = convolution(images, kernel, bias, stride=stride, padding=padding, dilation=dilation)
+        y = convolution(images, kernel, bias, **options)
         return tf.transpose(y, (0, 3, 1, 2))
     if data_format == "channels_first" or dilation > 1:
-        return default.convolution(
-            x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
-        )
+        return default.convolution(x, kernel, bias, data_format=data_format, **options)
     x, mode = _padded(x, kernel, stride, padding)
-    y = tf.nn.conv2d(x, kernel, stride, mode)
+    if depthwise:
+        y = tf.nn.depthwise_conv2d(x, kernel, [1, stride, stride, 1], mode)
+    else:
+        y = tf.nn.conv2d(x, kernel, stride, mode)
     # As an operation of its own: TensorFlow's graph optimiser fuses it, and the activation, into the convolution.
-    return y if bias is None else tf.nn.bias_add(y, bias)
-
-
-def depthwise_convolution(
-    x: Tensor,
-    kernel: Tensor,
-    bias: Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: Padding = "same",
-    dilation: int = 1,
-    data_format: str = "channels_last",
-) -> Tensor:
-    """See `keras_mnv2.ops.default.depthwise_convolution`."""
-    if data_format == "channels_first" and not tf.config.list_physical_devices("GPU"):
-        images = tf.transpose(x, (0, 2, 3, 1))
-        y = depthwise_convolution(images, kernel, bias, stride=stride, padding=padding, dilation=dilation)
-        return tf.transpose(y, (0, 3, 1, 2))
-    if data_format == "channels_first" or dilation > 1:
-        return default.depthwise_convolution(
-            x, kernel, bias, stride=stride, padding=padding, dilation=dilation, data_format=data_format
-        )
-    x, mode = _padded(x, kernel, stride, padding)
-    y = tf.nn.depthwise_conv2d(x, kernel, [1, stride, stride, 1], mode)
     return y if bias is None else tf.nn.bias_add(y, bias)
 
 
@@ -110,7 +69,6 @@ def batch_normalization(
     data_format: str = "channels_last",
     synchronized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `keras_mnv2.ops.default.batch_normalization`."""
     if data_format == "channels_first" or x.dtype == tf.float64:
         return default.batch_normalization(x, gamma, beta, epsilon, data_format)
     y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
@@ -128,7 +86,7 @@ def batch_normalization(
 
 
 def fake_quantize(x: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
-    """See `keras_mnv2.ops.default.fake_quantize`. LiteRT's converter knows the operation."""
+    """LiteRT's converter knows the operation."""
     return tf.quantization.fake_quant_with_min_max_vars(x, tf.stop_gradient(minimum), tf.stop_gradient(maximum))
 
 

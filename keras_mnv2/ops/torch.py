@@ -24,15 +24,8 @@ from keras_mnv2.ops.padding import Padding, spatial_padding
 # the memory of each tensor (20 ms for 100 MB).
 CHUNK_BYTES = 20e6
 
-folds_noted = default.folds_noted
-note = default.note
-
-# Blocks only: the whole network in chunks would call each layer again for each, at 5 ms a chunk.
-network_in_chunks = default.network_in_chunks
-
 
 def runs_directly(layer: Any, inputs: Any) -> bool:
-    """See `keras_mnv2.ops.default.runs_directly`."""
     for x in inputs if isinstance(inputs, list) else (inputs,):
         if type(x) is not Later and (type(x) is not torch.Tensor or x.dtype is not torch.float32):
             return False
@@ -40,7 +33,7 @@ def runs_directly(layer: Any, inputs: Any) -> bool:
 
 
 def is_watched(layer: Any) -> bool:
-    """See `keras_mnv2.ops.default.is_watched`. PyTorch has no other way to ask for a module's hooks."""
+    """PyTorch has no other way to ask for a module's hooks."""
     return bool(
         layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     ) or bool(
@@ -52,7 +45,7 @@ def is_watched(layer: Any) -> bool:
 
 
 def run_later(call: Any) -> torch.Tensor | None:
-    """See `keras_mnv2.ops.default.run_later`: without gradients, where a block is run as a whole."""
+    """Without gradients, where a block is run as a whole."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     if not _has_own_values(call.layer):
@@ -62,7 +55,6 @@ def run_later(call: Any) -> torch.Tensor | None:
 
 
 def compiled(function: Any, x: torch.Tensor) -> Callable[..., Any]:
-    """See `keras_mnv2.ops.default.compiled`."""
     if torch.compiler.is_compiling() or x.is_meta:
         return function  # As part of what is being compiled or exported; for shapes alone.
     if function not in _compiled:
@@ -74,17 +66,14 @@ _compiled: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyD
 
 
 def is_compiling() -> bool:
-    """See `keras_mnv2.ops.default.is_compiling`.
-
-    Keras's functional models call layer after layer in a loop, which `torch.compile` (2.14) takes apart: each layer is
-    compiled by itself, for any size once a second layer comes, and Inductor then fails on the strides.
+    """Keras's functional models call layers in a loop, which `torch.compile` (2.14) takes apart: each layer is compiled
+    by itself, for any size once a second layer comes, and Inductor then fails on the strides.
     """
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 @torch.compiler.disable
 def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """See `keras_mnv2.ops.default.uncompiled`."""
     warnings.warn(
         "The layers of MobileNetV2 that a model calls one by one run uncompiled inside torch.compile. The model that "
         "MobileNetV2 gives is compiled where it is called as a whole.",
@@ -94,7 +83,7 @@ def uncompiled(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def versions(call: Any) -> int:
-    """See `keras_mnv2.ops.default.versions`: PyTorch counts the changes of each tensor, if not those by `.data`."""
+    """PyTorch counts the changes of each tensor, if not those by `.data`."""
     total = 0
     for tensor in call.layer.cache.tensors:
         total += tensor._version
@@ -116,12 +105,11 @@ def _has_own_values(layer: Any) -> bool:
 
 
 def call_of(x: object) -> Any:
-    """See `keras_mnv2.ops.default.call_of`."""
     return x.call if type(x) is Later else None
 
 
 def numbers(x: Any) -> Any:
-    """See `keras_mnv2.ops.default.numbers`; as when it was called, without gradients."""
+    """As when it was called, without gradients."""
     if type(x) is not Later:
         return x
     if not torch.is_grad_enabled():
@@ -181,7 +169,6 @@ def fold(
     variance: torch.Tensor,
     epsilon: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `keras_mnv2.ops.default.fold`."""
     scale = gamma * torch.rsqrt(variance + epsilon)
     return kernel * (scale[:, None] if depthwise else scale), torch.addcmul(beta, mean, scale, value=-1)
 
@@ -213,14 +200,13 @@ lay_out = Kernel
 
 
 def moving_average(moving: torch.Tensor, value: torch.Tensor, momentum: float) -> torch.Tensor:
-    """See `keras_mnv2.ops.default.moving_average`."""
     return torch.lerp(moving, value.to(moving.dtype), 1 - momentum)
 
 
 def block_in_chunks(
     function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hidden_size: int
 ) -> torch.Tensor:
-    """See `keras_mnv2.ops.default.block_in_chunks`."""
+    # Blocks only: the whole network in chunks would call each layer again for each, at 5 ms a chunk.
     if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(x)
     count = max(1, int(CHUNK_BYTES / (hidden_size * x.element_size())))
@@ -240,7 +226,6 @@ _in_stateless_scope = sys.modules[keras.StatelessScope.__module__].in_stateless_
 
 
 def train_block(units: Any, x: torch.Tensor, shortcut: bool) -> torch.Tensor | None:
-    """See `keras_mnv2.ops.default.train_block`."""
     if type(x) is not torch.Tensor or x.device.type not in ("cpu", "cuda") or x.dim() != 4 or not len(x):
         return None
     if not torch.is_grad_enabled() or _is_transformed(x.device.type) or _in_stateless_scope():
@@ -288,36 +273,21 @@ def convolution(
     kernel: torch.Tensor | Kernel,
     bias: torch.Tensor | None = None,
     *,
+    depthwise: bool = False,
     stride: int = 1,
     padding: Padding = "same",
     dilation: int = 1,
     data_format: str = "channels_last",
 ) -> torch.Tensor:
-    """See `keras_mnv2.ops.default.convolution`."""
-    laid = kernel if type(kernel) is Kernel else Kernel(kernel, False)
+    laid = kernel if type(kernel) is Kernel else Kernel(kernel, depthwise)
     kernel = laid.kernel
-    pointwise = bias is not None and kernel.shape[0] == kernel.shape[1] == 1 and stride == 1
+    pointwise = bias is not None and not depthwise and kernel.shape[0] == kernel.shape[1] == 1 and stride == 1
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if pointwise and eager and len(x) == 1 and data_format == "channels_last":
         assert bias is not None
         # 20 to 30 microseconds less than the convolution, of 50 to 120.
         y = torch.addmm(bias, x.reshape(-1, x.shape[3]), kernel[0, 0])
         return y.view(*x.shape[:3], -1)
-    return _convolve(x, laid.weight, bias, stride, padding, dilation, data_format)
-
-
-def depthwise_convolution(
-    x: torch.Tensor,
-    kernel: torch.Tensor | Kernel,
-    bias: torch.Tensor | None = None,
-    *,
-    stride: int = 1,
-    padding: Padding = "same",
-    dilation: int = 1,
-    data_format: str = "channels_last",
-) -> torch.Tensor:
-    """See `keras_mnv2.ops.default.depthwise_convolution`."""
-    laid = kernel if type(kernel) is Kernel else Kernel(kernel, True)
     return _convolve(x, laid.weight, bias, stride, padding, dilation, data_format)
 
 
@@ -329,7 +299,6 @@ def batch_normalization(
     data_format: str = "channels_last",
     synchronized: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `keras_mnv2.ops.default.batch_normalization`."""
     if synchronized and torch.distributed.is_available() and torch.distributed.is_initialized():
         return _synchronized_batch_normalization(x, gamma, beta, epsilon, data_format)
     channels_last = data_format == "channels_last"
@@ -350,7 +319,6 @@ def normalize(
     epsilon: float,
     data_format: str = "channels_last",
 ) -> torch.Tensor:
-    """See `keras_mnv2.ops.default.normalize`."""
     if x.dtype is not torch.float32:
         return default.normalize(x, gamma, beta, mean, variance, epsilon, data_format)
     channels_last = data_format == "channels_last"
@@ -360,7 +328,6 @@ def normalize(
 
 
 def fake_quantize(x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-    """See `keras_mnv2.ops.default.fake_quantize`."""
     if torch.compiler.is_compiling():
         return default.fake_quantize(x, minimum, maximum)  # `torch.export` does not know the operation.
     scale = ((maximum - minimum).detach() / 255).clamp_(min=1e-12)

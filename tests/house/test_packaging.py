@@ -115,12 +115,13 @@ def test_training_needs_no_clone(built, tmp_path, rng):
     assert "photos: 32 + 4 + 4 images of 2 classes" in out
     report = (tmp_path / "runs" / "photos" / "report.html").read_text("utf-8")
     assert f"KERAS_BACKEND=torch {line}</code>" in report
-    assert (tmp_path / "runs" / "photos" / "saved_model" / "saved_model.pb").is_file()
+    assert "no SavedModel will be written" in out
+    assert not (tmp_path / "runs" / "photos" / "saved_model").exists()
     command("keras-mnv2", "export", "runs/photos/model.keras", "photos.pt2")
     assert (tmp_path / "photos.pt2").is_file()
     evaluated = command("python", "-m", "keras_mnv2.training.evaluate", "photos.pt2", "--dataset", "photos")
     assert "4 test images" in evaluated
     launch = "python -m keras_mnv2.training.launch --processes 2 digits --epochs 1 --alpha 0.1 --steps-per-epoch 2"
-    command(*launch.split(), "--no-saved-model", "--run-dir", "runs/two")
+    command(*launch.split(), "--run-dir", "runs/two")
     report = (tmp_path / "runs" / "two" / "report.html").read_text("utf-8")
-    assert "KERAS_BACKEND=torch keras-mnv2 train digits --epochs 1" in report
+    assert f"KERAS_BACKEND=torch {launch}</code>" in report

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import keras_mnv2
 from keras_mnv2.backend import other_backend
 from keras_mnv2.cli import main
 from tests.conftest import once, once_on
-from tests.helpers import randomise
+from tests.helpers import hiding, randomise
 
 
 @pytest.fixture(scope="module")
@@ -354,27 +355,17 @@ def test_the_module_runs_as_a_command():
 
 
 ALONE = """
-import importlib.metadata, runpy, sys
-from importlib.machinery import PathFinder
-
-present, *sys.argv = sys.argv[1:]
-hidden = {"tensorflow", "jax", "jaxlib", "torch", "tyro"} - set(present.split(","))
-
-class Finder(PathFinder):
-    @classmethod
-    def find_spec(cls, name, *args, **kwargs):
-        return None if name.partition(".")[0] in hidden else super().find_spec(name, *args, **kwargs)
-
-sys.meta_path = [Finder if finder is PathFinder else finder for finder in sys.meta_path]
+import importlib.metadata, runpy
 runpy.run_module("keras_mnv2", run_name="__main__", alter_sys=True)
 """
 
 
 def alone(tmp_path, present, *words, named=None):
     """The command where only `present` is installed, with a home of its own."""
+    hidden = {"tensorflow", "jax", "jaxlib", "torch", "tyro"} - set(present.split(","))
     kept = {name: value for name, value in os.environ.items() if name not in ("KERAS_BACKEND", "KERAS_HOME")}
     return subprocess.run(
-        [sys.executable, "-c", ALONE, present, "keras-mnv2", *words],
+        [sys.executable, "-c", f"{hiding(*hidden)}\nsys.argv[0] = 'keras-mnv2'\n{ALONE}", *words],
         env=kept | {"HOME": str(tmp_path)} | ({"KERAS_BACKEND": named} if named else {}),
         capture_output=True,
         text=True,
@@ -419,6 +410,17 @@ def test_train_hands_its_words_to_the_training(capsys, monkeypatch):
     # Only the process's own command may start the process again.
     assert [main(), main(["train", "digits"])] == [0, 0]
     assert handed == [(["digits"], True), (["digits"], False)]
+
+
+@once
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process starts once")
+def test_train_starts_its_process_again_before_keras_is_imported():
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-X", "importtime", "-m", "keras_mnv2", "train", "mnist"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    imports = re.findall(r"\| +(site|keras)$", done.stderr, re.MULTILINE)
+    assert imports == ["site", "site", "keras"]
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import typing
 import numpy as np
 import pytest
 
-from keras_mnv2 import arguments
 from tests.conftest import once
-from training import launch, ranges
+from training import launch
 from training.__main__ import RECIPES, main, settings
 from training.config import Config
 from training.recipes import digits
@@ -119,28 +118,6 @@ def test_what_is_allowed_is_kept_as_a_value_of_python(field, value):
     found = getattr(dataclasses.replace(digits.CONFIG, **{field: value}), field)
     assert found == (((1, 16, 1, 2),) if field == "stages" else value)
     assert type(found) in (int, float, bool, tuple, type(None))
-
-
-@pytest.mark.parametrize(
-    ("kind", "library", "values"),
-    [
-        (ranges.Count, arguments.check_whole, (0, 1, -1, 2.0, True, None, "1")),
-        (ranges.CountOr0, lambda *a: arguments.check_whole(*a, 0), (0, -1)),
-        (ranges.Batch, lambda *a: arguments.check_whole(*a, 1, 2**20), (0, 1, 2**20, 2**20 + 1)),
-        (ranges.Positive, arguments.check_positive, (0, 0.5, -1.0, float("inf"), float("nan"), True, None)),
-        (ranges.Rate, arguments.check_rate, (0, 0.5, 1, -0.1, float("nan"), "0.5")),
-        (bool, arguments.check_flag, (True, 1, "no", None)),
-    ],
-)
-def test_settings_are_checked_as_the_librarys_arguments_are(kind, library, values):
-    def told(check, *args):
-        try:
-            return check(*args)
-        except ValueError as error:
-            return str(error)
-
-    for value in values:
-        assert told(ranges.checked, "x", kind, value) == told(library, "x", value)
 
 
 def test_a_run_that_goes_on_needs_its_folder():

@@ -181,10 +181,10 @@ def check_packages(config: Config) -> None:
     """Raises an ImportError where a package is missing that the run needs later."""
     needed = {
         "saved_model": ("tensorflow",) if config.saved_model else (),
-        "tensorboard": ("tensorflow", "tensorboard") if config.tensorboard else (),
+        "tensorboard": ("tensorflow",) if config.tensorboard else (),
         "quantize_epochs": ("tensorflow", "ai_edge_litert") if config.quantize_epochs else (),
     }
-    extras = {"saved_model": "tensorflow", "tensorboard": "tensorflow,train", "quantize_epochs": "litert"}
+    extras = {"saved_model": "tensorflow", "tensorboard": "tensorflow", "quantize_epochs": "litert"}
     for field, packages in needed.items():
         if not installed(*packages):
             raise ImportError(

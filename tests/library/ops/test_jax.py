@@ -32,7 +32,7 @@ def jax():
 @pytest.fixture(params=OPTIONS, ids=str)
 def functions(request):
     """The fast convolution and the reference."""
-    return [partial(module.depthwise_convolution, **request.param) for module in (ops, default)]
+    return [partial(module.convolution, depthwise=True, **request.param) for module in (ops, default)]
 
 
 def draw(rng, *batch):
@@ -126,7 +126,7 @@ def test_in_loops_and_computed_again(jax, functions, rng):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_derivatives_keep_the_dtype(dtype, jax, rng):
     primals, tangents = ([keras.ops.cast(a, dtype) for a in draw(rng)] for _ in range(2))
-    f = ops.depthwise_convolution
+    f = partial(ops.convolution, depthwise=True)
     limit = {"bfloat16": 4e-2, "float16": 4e-3}[dtype]
     exact = [[np.asarray(a, "float64") for a in arrays] for arrays in (primals, tangents)]
     for transformed in (
@@ -142,9 +142,9 @@ def test_derivatives_keep_the_dtype(dtype, jax, rng):
 
 def test_no_images(jax, rng):
     x, kernel = np.zeros((0, 4, 4, 3)), draw(rng)[1]
-    y, tangent = jax.jvp(ops.depthwise_convolution, (x, kernel), (x, kernel))
+    y, tangent = jax.jvp(partial(ops.convolution, depthwise=True), (x, kernel), (x, kernel))
     assert y.shape == tangent.shape == x.shape
-    assert not jax.grad(loss(ops.depthwise_convolution), 1)(x, kernel).any()
+    assert not jax.grad(loss(partial(ops.convolution, depthwise=True)), 1)(x, kernel).any()
 
 
 SHARDED = """
@@ -161,7 +161,7 @@ rng = np.random.default_rng(0)
 x, kernel = rng.normal(size=(4, 6, 5, 3)).astype("float32"), rng.normal(size=(3, 3, 3, 1)).astype("float32")
 
 def loss(x, kernel):
-    return (ops.depthwise_convolution(x, kernel, stride=2) ** 2).sum()
+    return (ops.convolution(x, kernel, depthwise=True, stride=2) ** 2).sum()
 
 def mapped(x, kernel):
     return jax.lax.psum(loss(x, kernel), "batch")

@@ -57,9 +57,9 @@ def value_and_pullback(function, arrays, weights):
     return [np.asarray(a, "float64") for a in jax.jit(run)(arrays, weights)]
 
 
-def assert_close(name, options, arrays, rng, limits=(1e-5, 1e-4)):
+def assert_close(options, arrays, rng, limits=(1e-5, 1e-4)):
     """The operation against the reference: the output within the first limit, the gradients within the second."""
-    fast, reference = (partial(getattr(module, name), **options) for module in (ops, default))
+    fast, reference = (partial(module.convolution, **options) for module in (ops, default))
     weights = rng.normal(size=reference(*arrays).shape).astype("float32")
     found, expected = (value_and_pullback(f, arrays, weights) for f in (fast, reference))
     for a, b, limit in zip(found, expected, [limits[0], *limits[1:] * len(arrays)], strict=True):
@@ -71,13 +71,13 @@ def test_depthwise_convolutions_equal_the_reference(options, form, rng):
     # Odd and even sides; more channels than a block of Pallas has, and not a multiple of it.
     shape = (2, 40, 9, 8) if "data_format" in options else (2, 9, 8, 40)
     arrays = [rng.normal(size=s).astype("float32") for s in (shape, (3, 3, 40, 1), (40,))]
-    assert_close("depthwise_convolution", options, arrays, rng)
+    assert_close({"depthwise": True, **options}, arrays, rng)
 
 
 def test_few_channels_and_many_pixels(form, rng):
     # One strip of pixels of Pallas's kernel gradient is full, and the next is not.
     arrays = [rng.normal(size=s).astype("float32") for s in ((1, 45, 24, 3), (3, 5, 3, 1))]
-    assert_close("depthwise_convolution", {}, arrays, rng)
+    assert_close({"depthwise": True}, arrays, rng)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_few_channels_and_many_pixels(form, rng):
 def test_the_stem_and_pointwise_convolutions(shape, kernel, options, choose, rng):
     choose("products")
     arrays = [rng.normal(size=s).astype("float32") for s in (shape, kernel, kernel[3:])]
-    assert_close("convolution", options, arrays, rng)
+    assert_close(options, arrays, rng)
     text = lowered(lambda *arrays: ops.convolution(*arrays, **options), arrays)
     assert "convolution" not in text
 
@@ -105,8 +105,8 @@ def test_the_stem_and_pointwise_convolutions(shape, kernel, options, choose, rng
 def test_half_precision_is_rounded_once(dtype, options, form, rng):
     x, kernel = (keras.ops.cast(rng.normal(size=s), dtype) for s in ((2, 9, 8, 5), (3, 3, 5, 1)))
     exact = [np.asarray(a, "float32") for a in (x, kernel)]
-    run = partial(ops.depthwise_convolution, **options)
-    reference = partial(default.depthwise_convolution, **options)
+    run = partial(ops.convolution, depthwise=True, **options)
+    reference = partial(default.convolution, depthwise=True, **options)
     y = run(x, kernel)
     assert y.dtype == dtype
     weights = keras.ops.cast(rng.normal(size=y.shape), dtype)
@@ -122,7 +122,7 @@ def test_half_precision_is_rounded_once(dtype, options, form, rng):
 def functions():
     """The convolution in a form for GPUs, and the reference, in float64."""
     with double_precision():
-        yield [partial(module.depthwise_convolution, stride=2) for module in (ops, default)]
+        yield [partial(module.convolution, depthwise=True, stride=2) for module in (ops, default)]
 
 
 @pytest.mark.parametrize("axes", [(None, 0), (3, 1)])
@@ -167,8 +167,8 @@ def test_no_images(form, rng):
     import jax
 
     x, kernel = np.zeros((0, 4, 4, 3), "float32"), rng.normal(size=(3, 3, 3, 1)).astype("float32")
-    assert ops.depthwise_convolution(x, kernel).shape == x.shape
-    assert not jax.grad(loss(ops.depthwise_convolution), 1)(x, kernel).any()
+    assert ops.convolution(x, kernel, depthwise=True).shape == x.shape
+    assert not jax.grad(loss(partial(ops.convolution, depthwise=True)), 1)(x, kernel).any()
 
 
 def test_on_two_devices():
@@ -255,7 +255,7 @@ def test_an_unknown_choice_is_an_error(choose, monkeypatch, rng):
     choose("products")
     monkeypatch.setenv("KERAS_MNV2_JAX_DEPTHWISE", "triton")
     with pytest.raises(ValueError, match=r"must be 'products' or 'pallas', got 'triton'\."):
-        ops.depthwise_convolution(*draw(rng))
+        ops.convolution(*draw(rng), depthwise=True)
 
 
 @pytest.mark.parametrize(

@@ -72,15 +72,15 @@ def test_convolutions_equal_the_reference(shape):
         arrays.append(rng.normal(size=out).astype("float32"))
     stride, dilation = shape["stride_and_dilation"]
     options = {
+        "depthwise": depthwise,
         "stride": stride,
         "dilation": dilation,
         "padding": shape["padding"],
         "data_format": shape["data_format"],
     }
-    name = "depthwise_convolution" if depthwise else "convolution"
 
     def run(module):
-        compute = getattr(module, name)
+        compute = module.convolution
         if module is default and keras.backend.backend() == "tensorflow" and shape["data_format"] == "channels_first":
             # `keras.ops` has no such convolution on each CPU.
             last = {**options, "data_format": "channels_last"}
@@ -107,22 +107,22 @@ def test_a_pointwise_convolution_of_one_image_or_more(batch, rng):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["convolution", "depthwise_convolution"])
+@pytest.mark.parametrize("depthwise", [False, True])
 @pytest.mark.parametrize("options", [{"stride": 2}, {"dilation": 2, "padding": "symmetric"}])
-def test_convolutions_and_gradients_in_half_precision(name, dtype, options, rng):
+def test_convolutions_and_gradients_in_half_precision(depthwise, dtype, options, rng):
     x = rng.normal(size=(2, 9, 9, 8)).astype("float32")
-    kernel = rng.normal(size=(3, 3, 8, 1 if "depth" in name else 4)).astype("float32")
+    kernel = rng.normal(size=(3, 3, 8, 1 if depthwise else 4)).astype("float32")
 
     def low(*tensors):
-        y = getattr(ops, name)(*(keras.ops.cast(t, dtype) for t in tensors), **options)
+        y = ops.convolution(*(keras.ops.cast(t, dtype) for t in tensors), depthwise=depthwise, **options)
         assert keras.backend.standardize_dtype(y.dtype) == dtype
         return keras.ops.cast(y, "float32")
 
     def exact(*tensors):
-        return getattr(default, name)(*tensors, **options)
+        return default.convolution(*tensors, depthwise=depthwise, **options)
 
     limit = 2e-2 if dtype == "bfloat16" else 2e-3
-    if (dtype, name, keras.backend.backend()) == ("bfloat16", "convolution", "tensorflow"):
+    if (dtype, depthwise, keras.backend.backend()) == ("bfloat16", False, "tensorflow"):
         limit = 3e-2  # TensorFlow adds up in bfloat16 itself where the processor has no instructions for it: 2.5e-2.
     tensors = [keras.ops.convert_to_tensor(a) for a in (x, kernel)]
     assert relative_difference(*(keras.ops.convert_to_numpy(f(*tensors)) for f in (low, exact))) <= limit

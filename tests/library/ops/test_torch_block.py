@@ -72,8 +72,8 @@ def reference(steps, shortcut, x, parameters):
     y, moved = x, []
     for i, step in enumerate(steps):
         kernel, gamma, beta = parameters[3 * i : 3 * i + 3]
-        convolve = default.depthwise_convolution if step.depthwise else default.convolution
-        y = convolve(y, kernel, stride=step.stride, padding=step.padding, dilation=step.dilation)
+        options = {"stride": step.stride, "padding": step.padding, "dilation": step.dilation}
+        y = default.convolution(y, kernel, depthwise=step.depthwise, **options)
         mean, variance = y.mean((0, 1, 2)), y.var((0, 1, 2), correction=0)
         y = (y - mean) * torch.rsqrt(variance + step.epsilon) * gamma + beta
         moved.append(default.moving_average(step.moving_mean, mean.detach(), step.momentum))

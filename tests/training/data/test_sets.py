@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 import keras_mnv2
+from tests.conftest import once
+from tests.helpers import hiding, run_python
 from training.data import sets
 from training.data.batches import evaluation_batches, training_batches
 from training.recipes import digits
@@ -194,6 +196,16 @@ def test_a_data_set_of_tfds_is_read_by_random_access(name, tfds_folder, monkeypa
         image, label = dataset.test[2]
         assert np.asarray(image).shape == (32, 32, 3)
         assert label == dataset.test.labels[2]
+
+
+@once
+def test_tfds_is_read_without_tensorflow(tfds_folder):
+    code = f"""{hiding("tensorflow")}
+from training.data import sets
+dataset = sets.load("blocks", 32, {str(tfds_folder)!r})
+print(len(dataset.train), len(dataset.test), *dataset.class_names, "tensorflow" in sys.modules)
+"""
+    assert run_python(code, "torch").splitlines()[-1] == "27 6 x y z False"
 
 
 def test_both_ways_through_tfds_give_the_same_pixels(tfds_folder, monkeypatch):

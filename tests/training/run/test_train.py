@@ -13,7 +13,7 @@ from PIL import Image
 import keras_mnv2
 from tests.conftest import ONCE, once, once_on
 from tests.golden import record_losses
-from tests.helpers import note, relative_difference
+from tests.helpers import hiding, note, relative_difference, run_python
 from training import files, process
 from training.__main__ import RECIPES, main, repeated
 from training.config import Config
@@ -289,7 +289,10 @@ def test_class_weights_are_the_mean_over_the_class():
 
 def test_a_missing_package_is_named_before_the_training(photographs, monkeypatch, tmp_path):
     monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
-    for changes, message in (({"saved_model": True}, "--no-saved-model"), ({"tensorboard": True}, "tensorboard needs")):
+    for changes, message in (
+        ({"saved_model": True}, r"^saved_model needs tensorflow: pip install .* or pass --no-saved-model\.$"),
+        ({"tensorboard": True}, "tensorboard needs tensorflow"),
+    ):
         with pytest.raises(ImportError, match=message):
             train.run(small("paper", photographs, run_dir=tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
@@ -301,10 +304,21 @@ def test_the_command_to_repeat_leaves_the_folder_out(monkeypatch):
     assert repeated("transfer", arguments) == (
         "KERAS_BACKEND=jax python -m training transfer --dataset 'my photos' --epochs 3"
     )
+    monkeypatch.setenv("KERAS_MNV2_LAUNCH", "python -m training.launch --processes 2")
+    assert repeated("digits", []) == "KERAS_BACKEND=jax python -m training.launch --processes 2 digits"
 
 
 def test_durations():
     assert [duration(seconds) for seconds in (12.4, 200, 3900)] == ["12 s", "3 min 20 s", "1 h 5 min"]
+
+
+@once
+def test_without_tensorflow_a_run_leaves_the_saved_model_out(tmp_path):
+    hidden = f"{hiding('tensorflow')}\nfrom training.__main__ import main\nmain(sys.argv[1:])"
+    out = run_python(hidden, "torch", *TINY[2:], "--epochs", "1", "--run-dir", tmp_path / "run")
+    assert 'no SavedModel will be written, which needs pip install "keras_mnv2[tensorflow]"' in out
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert not (tmp_path / "run" / "saved_model").exists()
 
 
 def command(*arguments):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from keras_mnv2.arguments import check_choice, check_positive, check_whole
+from keras_mnv2.checks import check_choice, check_positive, check_whole
 
 
 class Stage(NamedTuple):

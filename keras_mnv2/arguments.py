@@ -1,16 +1,14 @@
-"""The checks of arguments: each error names the argument, the value, and what is allowed."""
+"""The checks of arguments of Keras's kinds: each error names the argument, the value, and what is allowed."""
 
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from keras_mnv2.checks import check_choice as check_choice
+from keras_mnv2.checks import check_choice
 from keras_mnv2.checks import check_flag as check_flag
 from keras_mnv2.checks import check_path as check_path
-from keras_mnv2.checks import check_positive as check_positive
 from keras_mnv2.checks import check_rate as check_rate
-from keras_mnv2.checks import check_whole as check_whole
 
 NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
 FLOATS = ("float16", "bfloat16", "float32", "float64")

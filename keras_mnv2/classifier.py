@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from keras_mnv2.annotations import PathLike, Shape
-from keras_mnv2.arguments import check_choice, check_path, check_whole
+from keras_mnv2.checks import check_choice, check_path, check_whole
 from keras_mnv2.formats.runtimes import load_with_shape
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.preprocessing import MOST_SIDE, imagenet_labels, preprocessing_of, scales_pixels
@@ -152,21 +152,21 @@ class Classifier:
             names: of the data set's classes.
 
         Returns:
-            How many of the first scores are left out, 0 or 1; the place of each class among the others; and the names
+            How many of the first scores are left out, 0 or 1; the index of each class among the others; and the names
             of these.
 
         Raises:
             ValueError: where the data set's classes are others.
         """
-        places = _imagenet_places(names) if self.classes in IMAGENET else {}
-        if names and len(places) == len(names):
+        indices = _imagenet_indices(names) if self.classes in IMAGENET else {}
+        if names and len(indices) == len(names):
             labels = [label for _, label in imagenet_labels()]
-            for name, place in places.items():
-                labels[place] = name
-            return self.classes - IMAGENET[0], np.array([places[name] for name in names]), tuple(labels)
+            for name, index in indices.items():
+                labels[index] = name
+            return self.classes - IMAGENET[0], np.array([indices[name] for name in names]), tuple(labels)
         background = (len(names), self.classes) == IMAGENET
         if len(names) != self.classes - background:
-            unknown = [name for name in names if name not in places]
+            unknown = [name for name in names if name not in indices]
             more = f", of which {unknown[0]!r} is no name of ImageNet's" if self.classes in IMAGENET else ""
             raise ValueError(
                 f"The data set must have the classes of the model, which has {self.classes}, got {len(names)}{more}."
@@ -244,14 +244,14 @@ def _run_settings(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _imagenet_places(names: Sequence[str]) -> dict[str, int]:
-    """The place among ImageNet's classes of each name that is a WordNet id, or the name of one class alone."""
+def _imagenet_indices(names: Sequence[str]) -> dict[str, int]:
+    """The index among ImageNet's classes of each name that is a WordNet id, or the name of one class alone."""
     known: dict[str, list[int]] = {}
-    for place, label in enumerate(imagenet_labels()):
+    for index, label in enumerate(imagenet_labels()):
         for name in label:
-            known.setdefault(name, []).append(place)
+            known.setdefault(name, []).append(index)
     found = {name: known.get(name.replace(" ", "_"), []) for name in names}
-    return {name: places[0] for name, places in found.items() if len(places) == 1}
+    return {name: indices[0] for name, indices in found.items() if len(indices) == 1}
 
 
 def load_model(path: str | os.PathLike) -> keras.Model:

@@ -17,7 +17,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_mnv2.arguments import check_whole
+from keras_mnv2.checks import check_whole
 from keras_mnv2.classifier import IMAGENET, SCALES, SIDE, Classifier, load_classifier, load_model
 from keras_mnv2.cost import cost_profile
 from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export

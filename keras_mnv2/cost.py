@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_mnv2.architecture import Row, plan
-from keras_mnv2.arguments import check_flag, check_whole
+from keras_mnv2.checks import check_flag, check_whole
 from keras_mnv2.ops.padding import output_size
 from keras_mnv2.tables import in_columns
 

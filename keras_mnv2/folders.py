@@ -75,9 +75,9 @@ def images_below(folder: str | os.PathLike[str]) -> list[Path]:
         OSError: where a folder cannot be read.
     """
     found = []
-    for place, folders, files in os.walk(folder, onerror=_fail):
+    for parent, folders, files in os.walk(folder, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+        found += [Path(parent, name) for name in files if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
     return sorted(found)
 
 

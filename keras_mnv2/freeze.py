@@ -5,7 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_mnv2.arguments import check_flag, check_model
+from keras_mnv2.arguments import check_model
+from keras_mnv2.checks import check_flag
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual
 from keras_mnv2.norms import NORMALIZATIONS
 from keras_mnv2.rewrite import layers_of

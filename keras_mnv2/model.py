@@ -10,18 +10,9 @@ import keras
 
 from keras_mnv2.annotations import PathLike, Shape, Tensor
 from keras_mnv2.architecture import MOST_CHANNELS, Row, plan
-from keras_mnv2.arguments import (
-    activation_function,
-    check_choice,
-    check_flag,
-    check_positive,
-    check_rate,
-    check_whole,
-    data_format_name,
-    dtype_policy,
-    norm_config,
-)
+from keras_mnv2.arguments import activation_function, data_format_name, dtype_policy, norm_config
 from keras_mnv2.build import apply_rows, classify, feature_names
+from keras_mnv2.checks import check_choice, check_flag, check_positive, check_rate, check_whole
 from keras_mnv2.cost import MOST_PARAMETERS, check_size
 from keras_mnv2.layers.compact import NORM_EPSILON, NORM_MOMENTUM, InvertedResidual, NormLayer
 from keras_mnv2.network import MobileNetV2Model
@@ -117,7 +108,7 @@ def MobileNetV2(
         activation: of the hidden layers.
         padding: `"same"` as TensorFlow pads, the default, or `"symmetric"` as PyTorch does: checkpoints need
             the one that they were trained with.
-        norm_momentum: share of the old moving statistics that one step keeps, 1 minus PyTorch's momentum. None, the
+        norm_momentum: fraction of the old moving statistics that one step keeps, 1 minus PyTorch's momentum. None, the
             default, is that of the checkpoint's library: 0.999 for Keras, 0.9 (PyTorch's 0.1) for torchvision and
             timm, 0.997 for transformers, as the authors' TensorFlow code has it. From scratch it is 0.9: such a model
             validates within its first epochs, where 0.999 needs thousands of steps first.

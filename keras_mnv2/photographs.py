@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_mnv2.annotations import PathLike
-from keras_mnv2.arguments import check_whole
+from keras_mnv2.checks import check_whole
 from keras_mnv2.folders import class_folders
 from keras_mnv2.preprocessing import MOST_SIDE, preprocessing_of, resize_and_crop
 from keras_mnv2.weights.table import Checkpoint, Preprocessing

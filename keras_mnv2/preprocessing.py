@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from keras_mnv2.annotations import PathLike, Tensor
-from keras_mnv2.arguments import check_whole, data_format_name
+from keras_mnv2.arguments import data_format_name
+from keras_mnv2.checks import check_whole
 from keras_mnv2.weights.table import HALF, Checkpoint, Preprocessing, find_checkpoint, imagenet_checkpoint
 
 # Pixels of a side; JPEG files have no more.

@@ -9,6 +9,7 @@ from .ranges import (
     Batch,
     Count,
     CountOr0,
+    Fraction,
     Many,
     MaybeCount,
     MaybeFlag,
@@ -21,7 +22,6 @@ from .ranges import (
     Positive,
     Rate,
     Seed,
-    Share,
     Side,
     Stages,
     check_all,
@@ -92,21 +92,21 @@ class Config:
     warmup_epochs: Amount = 1.0
     """Epochs of the linear rise from 0, for each schedule."""
     label_smoothing: Rate = 0.0
-    """Share of each label that is spread over all classes."""
+    """Fraction of each label that is spread over all classes."""
     class_weights: bool = False
     """Whether images of rare classes count more: by the mean over the number of images of their class."""
     early_stopping: CountOr0 = 0
     """Epochs without a better validation accuracy after which training ends, with the best weights; 0 trains all."""
     ema: MaybeRate = None
-    """Share of the average of the weights that a step keeps; the average is what is validated, tested and saved."""
+    """Fraction of the average of the weights that a step keeps; the average is what is validated, tested and saved."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the activations; variables stay float32."""
-    shift: Share = 0.0
+    shift: Fraction = 0.0
     """Largest random shift and change of scale of a training image, as a fraction of its side."""
     pad: CountOr0 = 0
     """Zeros around a training image, of which a random window is cut out; 0 does not."""
     crop_area: MaybePart = None
-    """Smallest share of a photograph that a random crop covers (Inception's is 0.08); by default the centre crop of the
+    """Smallest fraction of a photograph that a random crop covers (Inception's is 0.08); by default the centre crop of the
     evaluation."""
     flip: bool = False
     """Whether half of the training images are mirrored."""
@@ -114,10 +114,10 @@ class Config:
     """One random operation on each training image (Mueller and Hutter 2021)."""
     mixup: Amount = 0.0
     """Alpha of mixup (Zhang et al. 2018); 0 leaves it out. With `cutmix` each batch gets one of the two."""
-    cutmix: Share = 0.0
+    cutmix: Fraction = 0.0
     """Alpha of cutmix (Yun et al. 2019); 0 leaves it out."""
-    erase: Share = 0.0
-    """Share of the training images in which a rectangle is erased (Zhong et al. 2020)."""
+    erase: Fraction = 0.0
+    """Fraction of the training images in which a rectangle is erased (Zhong et al. 2020)."""
     evaluation_size: MaybeSide = None
     """Side of the images in validation and test; by default `image_size`."""
     resize: MaybePixels = None

@@ -60,7 +60,7 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
 
     Returns:
         The results, as JSON takes them: `images`, `top1`, `top5`, `calibration_error` and `per_class` of
-        `report.metrics`, `images_per_second` of reading and inference together, `waiting`, the share of that time
+        `report.metrics`, `images_per_second` of reading and inference together, `waiting`, the fraction of that time
         spent waiting for images, `skipped`, the images that could not be read and why, and `mistakes`, the most
         confident with name, label, prediction and probability.
 
@@ -101,14 +101,14 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
 
     # Not timed: the first call compiles.
     _first_scores(network, size, options.batch_size)
-    left_out, places, names = network.match(names)
+    left_out, columns, names = network.match(names)
     start = time.perf_counter()
     try:
         scores, labels = batches.read_scores(network.scores, ordered)
     except ValueError as error:
         raise ValueError(str(error).replace("images must have", "dataset must have images of", 1)) from error
     seconds = time.perf_counter() - start
-    scores, labels = scores[:, left_out:], places[labels]
+    scores, labels = scores[:, left_out:], columns[labels]
     if not np.isfinite(scores).all():
         raise ValueError(f"model must give finite scores, got others for {(~np.isfinite(scores)).any(1).sum()} images.")
     worst = mistakes.worst(scores, labels, ordered, names)

@@ -80,7 +80,9 @@ MaybePositive = Annotated[float | None, _POSITIVE, tyro.conf.arg(metavar="None|F
 Amount = Annotated[
     float, _number("a finite number of at least 0", lambda x: 0 <= x < math.inf), tyro.conf.arg(metavar="FLOAT>=0")
 ]
-Share = Annotated[float, _number("a number from 0 to 1", lambda x: 0 <= x <= 1), tyro.conf.arg(metavar="0<=FLOAT<=1")]
+Fraction = Annotated[
+    float, _number("a number from 0 to 1", lambda x: 0 <= x <= 1), tyro.conf.arg(metavar="0<=FLOAT<=1")
+]
 Rate = Annotated[float, _RATE, tyro.conf.arg(metavar="0<=FLOAT<1")]
 MaybeRate = Annotated[float | None, _RATE, tyro.conf.arg(metavar="None|0<=FLOAT<1")]
 Part = Annotated[float, _PART, tyro.conf.arg(metavar="0<FLOAT<=1")]

@@ -9,15 +9,8 @@ import keras
 from keras_mnv2 import ops
 from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.architecture import hidden_channels
-from keras_mnv2.arguments import (
-    activation_function,
-    check_choice,
-    check_positive,
-    check_rate,
-    check_whole,
-    data_format_name,
-    norm_config,
-)
+from keras_mnv2.arguments import activation_function, data_format_name, norm_config
+from keras_mnv2.checks import check_choice, check_positive, check_rate, check_whole
 from keras_mnv2.initializers import Normal
 from keras_mnv2.layers.block import SHORTCUTS, Convolution, convolutions, join
 from keras_mnv2.layers.fusing import Activation, Unit, is_plain
@@ -129,7 +122,7 @@ class ConvNormActivation(_Compact):
         norm_layer: `"batch_norm"`; `"sync_batch_norm"`, with statistics over all replicas; `"group_norm"`,
             in groups of 8 channels (Wu and He 2018); a Keras layer or layer class, of which each place
             gets a copy as it stands; or None, which gives the convolution a bias.
-        norm_momentum: share of the old moving statistics that a step keeps. Keras's convention: it is 1
+        norm_momentum: fraction of the old moving statistics that a step keeps. Keras's convention: it is 1
             minus PyTorch's. The default 0.9 is PyTorch's 0.1.
         norm_epsilon: what is added to the variance; 1e-3 in Keras, 1e-5 in PyTorch.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras's setting.

@@ -92,18 +92,18 @@ def _block(channels: int) -> int:
 
 
 def _places(start: Any, count: int, end: int) -> tuple[jax.Array, jax.Array]:
-    places = start + lax.iota("int32", count)
-    return places, places < end
+    positions = start + lax.iota("int32", count)
+    return positions, positions < end
 
 
-def _met_by_output(place: jax.Array, tap: int, before: int, geometry: Any) -> tuple[jax.Array, bool]:
-    """On one side, the place in the image that a tap meets at a place of the output."""
-    return place * geometry.stride + (tap * geometry.dilation - before), True
+def _met_by_output(position: jax.Array, tap: int, before: int, geometry: Any) -> tuple[jax.Array, bool]:
+    """On one side, the position in the image that a tap meets at a position of the output."""
+    return position * geometry.stride + (tap * geometry.dilation - before), True
 
 
-def _met_by_image(place: jax.Array, tap: int, before: int, geometry: Any) -> tuple[jax.Array, jax.Array]:
-    """On one side, the place in the output at which a tap meets a place of the image, and whether there is one."""
-    shifted = place + (before - tap * geometry.dilation)
+def _met_by_image(position: jax.Array, tap: int, before: int, geometry: Any) -> tuple[jax.Array, jax.Array]:
+    """On one side, the position in the output at which a tap meets a position of the image, and whether there is one."""
+    shifted = position + (before - tap * geometry.dilation)
     return lax.div(shifted, jnp.int32(geometry.stride)), lax.rem(shifted, jnp.int32(geometry.stride)) == 0
 
 
@@ -120,15 +120,16 @@ def _read(
     """What a tap meets in `ref` (height, width, C) at pixels in an array of that width; 0 outside."""
     rows, columns = lax.div(pixels, jnp.int32(width)), lax.rem(pixels, jnp.int32(width))
     (row, row_exists), (column, column_exists) = (
-        met(place, i, pair[0], geometry) for place, i, pair in zip((rows, columns), tap, geometry.pairs, strict=True)
+        met(position, i, pair[0], geometry)
+        for position, i, pair in zip((rows, columns), tap, geometry.pairs, strict=True)
     )
     inside = inside & (row >= 0) & (row < ref.shape[0]) & row_exists
     inside = inside & (column >= 0) & (column < ref.shape[1]) & column_exists
     return _load(ref, (row[:, None], column[:, None], channels[0][None]), inside[:, None] & channels[1][None])
 
 
-def _load(ref: Any, places: tuple[Any, ...], mask: jax.Array) -> jax.Array:
-    return triton.load(ref.at[places], mask=mask, other=0)
+def _load(ref: Any, positions: tuple[Any, ...], mask: jax.Array) -> jax.Array:
+    return triton.load(ref.at[positions], mask=mask, other=0)
 
 
 def _multiply(source: Any, kernels: Any, y: Any, *, geometry: Any, width: int, met: Callable[..., Any]) -> None:

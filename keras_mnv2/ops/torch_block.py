@@ -39,7 +39,7 @@ class Step(NamedTuple):
         dilation: of both sides.
         relu6: whether one follows.
         epsilon: what is added to the variance.
-        momentum: share of the old moving statistics that stays.
+        momentum: fraction of the old moving statistics that stays.
         moving_mean: (channels,); is changed.
         moving_variance: (channels,); is changed.
     """
@@ -97,9 +97,9 @@ def _window(
 @functools.lru_cache(1024)
 def _factors(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """count / (count - 1) and its inverse. Tensors, since PyTorch makes one of a number at each call."""
-    share = (count - 1) / count
+    correction = (count - 1) / count
     with torch.inference_mode(False), torch.no_grad():
-        return torch.tensor(1 / share, dtype=dtype), torch.tensor(share, dtype=dtype)
+        return torch.tensor(1 / correction, dtype=dtype), torch.tensor(correction, dtype=dtype)
 
 
 class _Block(torch.autograd.Function):
@@ -208,16 +208,16 @@ def _normalize(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean = torch.empty(moving.shape, dtype=moving.dtype, device=x.device)
     scale = torch.empty(moving.shape, dtype=moving.dtype, device=x.device)
-    out, share = (y, mean, scale), 1 - step.momentum
+    out, new = (y, mean, scale), 1 - step.momentum
     if len(x) == 1:
-        torch.native_batch_norm(x, gamma, beta, None, None, True, share, step.epsilon, out=out)
-        step.moving_mean.lerp_(mean, share)
+        torch.native_batch_norm(x, gamma, beta, None, None, True, new, step.epsilon, out=out)
+        step.moving_mean.lerp_(mean, new)
         moving.mul_(step.momentum)  # The variance of one number is 0.
         return out
     # The operation follows the variance times count / (count - 1), Keras the variance itself.
     grown, shrunk = _factors(len(x), moving.dtype)
     variance = moving * grown
-    torch.native_batch_norm(x, gamma, beta, step.moving_mean, variance, True, share, step.epsilon, out=out)
+    torch.native_batch_norm(x, gamma, beta, step.moving_mean, variance, True, new, step.epsilon, out=out)
     torch.mul(variance, shrunk, out=moving)
     return out
 

@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from keras_mnv2.annotations import PathLike
-from keras_mnv2.arguments import check_choice, check_flag, check_model, check_path
+from keras_mnv2.arguments import check_model
+from keras_mnv2.checks import check_choice, check_flag, check_path
 from keras_mnv2.files import folder_beside
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual
 from keras_mnv2.weights.rename import LAYOUTS, Block, file_names, from_keras, later_blocks, to_keras
@@ -221,7 +222,7 @@ def _blocks(model: keras.Model) -> list[Block]:
     for residual, expanded in found.values():
         again = blocks and residual
         stage = blocks[-1].stage + (not again) if blocks else 0
-        blocks.append(Block(stage, blocks[-1].place + 1 if again else 0, expanded))
+        blocks.append(Block(stage, blocks[-1].position + 1 if again else 0, expanded))
     return blocks
 
 

@@ -15,12 +15,12 @@ class Block(NamedTuple):
 
     Attributes:
         stage: of the paper's table, from 0.
-        place: within its stage, from 0.
+        position: within its stage, from 0.
         expanded: False where the expansion is 1, so that there is no first 1x1 convolution.
     """
 
     stage: int
-    place: int
+    position: int
     expanded: bool
 
     @property
@@ -97,7 +97,7 @@ def _timm(kind: str, blocks: Sequence[Block], number: int, part: int) -> tuple[s
     if kind != "block":
         return ("conv_stem", "bn1") if kind == "stem" else ("conv_head", "bn2")
     block = blocks[number]
-    base = f"blocks.{block.stage}.{block.place}"
+    base = f"blocks.{block.stage}.{block.position}"
     convs = ("conv_pw", "conv_dw", "conv_pwl") if block.expanded else ("conv_dw", "conv_pw")
     return f"{base}.{convs[part]}", f"{base}.bn{part + 1}"
 
@@ -183,7 +183,7 @@ LAYOUTS = {
             ("classifier",),
             "same",
             1e-3,
-            # Its code has PyTorch's momentum=0.997 (transformers 5.23): the authors' share of the old statistics as
+            # Its code has PyTorch's momentum=0.997 (transformers 5.23): the authors' fraction of the old statistics as
             # that of the new ones, so that one step replaces them. Here it is what the authors meant.
             0.997,
             HALF,
@@ -299,8 +299,8 @@ def file_names(
 def later_blocks(layout: Layout, keys: Collection[str], first: int) -> list[Block]:
     """The blocks of a file from number `first` on, for a network that ends before them."""
     found = {tuple(map(int, match.groups())) for key in keys if (match := re.match(layout.block, key))}
-    places = [(0, 0), *(p for p in sorted(found))] if layout.name in ("keras", "transformers") else sorted(found)
-    return [Block(place[0], place[-1], True) for place in places[first:]]
+    positions = [(0, 0), *(p for p in sorted(found))] if layout.name in ("keras", "transformers") else sorted(found)
+    return [Block(position[0], position[-1], True) for position in positions[first:]]
 
 
 def to_keras(array: np.ndarray, role: str, layout: Layout) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from keras_mnv2.arguments import check_choice, check_flag, check_positive, check_whole
+from keras_mnv2.checks import check_choice, check_flag, check_positive, check_whole
 
 LIBRARIES = ("keras", "torchvision", "timm", "transformers")
 RESOLUTIONS = (96, 128, 160, 192, 224)

@@ -71,8 +71,8 @@ def settings_of(
 def widths_of(source: Source) -> Widths | None:
     """The channels of a file's layers, or None where they are not those of inverted residuals."""
     layout, arrays = source.layout, source.arrays
-    places = later_blocks(layout, arrays, 0)
-    if len(places) > _MOST_BLOCKS:
+    later = later_blocks(layout, arrays, 0)
+    if len(later) > _MOST_BLOCKS:
         return None
 
     def kernels(blocks: Sequence[Block], number: int) -> list[tuple[int, ...]] | None:
@@ -84,14 +84,14 @@ def widths_of(source: Source) -> Widths | None:
 
     blocks: list[Block] = []
     found = []
-    for number, place in enumerate(places):
+    for number, block in enumerate(later):
         for expanded in (True, False):
-            shapes = kernels([*blocks, place._replace(expanded=expanded)], number)
+            shapes = kernels([*blocks, block._replace(expanded=expanded)], number)
             if shapes is not None:
                 break
         else:
             return None
-        blocks.append(place._replace(expanded=expanded))
+        blocks.append(block._replace(expanded=expanded))
         found.append((shapes[-2][2], shapes[-1][3]))
     names = file_names(layout, blocks, True, False, arrays)
     stem, head = (arrays.get(names[f"{end}/kernel"].key) for end in ("stem", "head"))

@@ -16,8 +16,8 @@ from tests.conftest import ONCE
 from tests.helpers import hiding, run_python
 
 ROOT = Path(__file__).parents[2]
-# Each module imports only from floors below its own (docs/architecture.md).
-FLOORS = {
+# Each module imports only from levels below its own (docs/architecture.md).
+LEVELS = {
     "annotations": 0,
     "arguments": 1,
     "checks": 0,
@@ -100,14 +100,14 @@ def imported(path):
 
 
 def test_imports_point_strictly_downward():
-    assert set(MODULES) == set(FLOORS)
+    assert set(MODULES) == set(LEVELS)
     for name, path in MODULES.items():
         for target in imported(path):
             below = target.removeprefix("keras_mnv2").removeprefix(".")
-            if target.startswith("keras_mnv2.") and below in FLOORS:
+            if target.startswith("keras_mnv2.") and below in LEVELS:
                 # A package's modules, and its front page, say `from package import module`.
                 package = below == name or (below == "ops" and name.startswith("ops."))
-                assert package or FLOORS[below] < FLOORS[name], f"{name} imports {below}"
+                assert package or LEVELS[below] < LEVELS[name], f"{name} imports {below}"
 
 
 def test_only_public_keras_is_used():
@@ -121,7 +121,7 @@ def test_training_imports_only_public_names():
         assert not names, f"{path} imports {names}"
 
 
-# Rooms and files of the training; each imports only from those on lower floors, and a room's files from one another.
+# Rooms and files of the training; each imports only from those on lower levels, and a room's files from one another.
 ROOMS = {
     "": 0,
     "process": 0,
@@ -145,7 +145,7 @@ def room(name):
     return name.removeprefix("training").removeprefix(".").partition(".")[0]
 
 
-def test_rooms_of_the_training_import_from_lower_floors():
+def test_rooms_of_the_training_import_from_lower_levels():
     seen = {""}
     for path in (ROOT / "training").rglob("*.py"):
         own = room(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
@@ -156,21 +156,21 @@ def test_rooms_of_the_training_import_from_lower_floors():
     assert seen == set(ROOMS)
 
 
-def floors_of(text):
-    """The floors that a page's table gives its files."""
+def levels_of(text):
+    """The levels that a page's table gives its files."""
     found = {}
-    for floor, names in re.findall(r"^\| (\d+) \| (`[^|]*) \|", text, re.MULTILINE):
+    for level, names in re.findall(r"^\| (\d+) \| (`[^|]*) \|", text, re.MULTILINE):
         for name in re.findall(r"`([\w/.]+?)`", names):
-            found[name.removesuffix(".py").removesuffix("/").replace("/", ".").removesuffix(".__init__")] = int(floor)
+            found[name.removesuffix(".py").removesuffix("/").replace("/", ".").removesuffix(".__init__")] = int(level)
     return found
 
 
-def test_the_pages_tables_are_the_floors():
+def test_the_pages_tables_are_the_levels():
     library, _, training = (ROOT / "docs" / "architecture.md").read_text().partition("## Training")
     # Packages without content have no row, and the front page of all is `__init__.py`.
-    expected = {name or "__init__": floor for name, floor in FLOORS.items()}
-    assert floors_of(library) == {n: f for n, f in expected.items() if n not in ("__main__", "weights", "formats")}
-    assert floors_of(training) == {name: floor for name, floor in ROOMS.items() if name}
+    expected = {name or "__init__": level for name, level in LEVELS.items()}
+    assert levels_of(library) == {n: f for n, f in expected.items() if n not in ("__main__", "weights", "formats")}
+    assert levels_of(training) == {name: level for name, level in ROOMS.items() if name}
 
 
 def test_the_public_names():
@@ -212,7 +212,7 @@ EXPORTING = ("export", "formats.runtimes")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=ONCE if name in EXPORTING else []) for name in sorted(FLOORS)]
+    "name", [pytest.param(name, marks=ONCE if name in EXPORTING else []) for name in sorted(LEVELS)]
 )
 def test_the_examples_of_docstrings_run(name, tmp_path, monkeypatch):
     parts = name.split(".")

@@ -1,1 +1,1 @@
-"""`python -m training.benchmark`: what each contender costs, in turns."""
+"""`python -m training.benchmark`: what each contender costs, in interleaved rounds."""

@@ -34,7 +34,7 @@ COLUMNS = {
     "x openvino": ("x openvino", "{:.2f}"),
     "x litert": ("x litert", "{:.2f}"),
     "x train_on_batch": ("x train_on_batch", "{:.2f}"),
-    "of peak": ("share_of_peak", "{:.1%}"),
+    "of peak": ("fraction_of_peak", "{:.1%}"),
     "MiB": ("peak_memory_mib", "{:.0f}"),
     "GPU MiB": ("device_memory_mib", "{:.0f}"),
     "GPU": ("gpu", "{}"),
@@ -64,7 +64,7 @@ def compare(rows: list[dict]) -> None:
         }
 
 
-def share_of_peak(multiply_adds: int, mode: str, images_per_second: float, peak: float | None) -> float | None:
+def fraction_of_peak(multiply_adds: int, mode: str, images_per_second: float, peak: float | None) -> float | None:
     """Part of the peak (FLOP/s) that the network's multiply-adds reach.
 
     A multiply-add is two operations, and training computes three times as many as inference: the forward pass and

@@ -2,7 +2,7 @@
 
 The process builds its contender, says that it is ready, and then, for each line of its input, runs it for
 the asked seconds and answers with the seconds of each call. It is idle in between, so that contenders can
-take turns.
+run in interleaved rounds.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """`python -m training.benchmark`: images per second beside other implementations, in one run.
 
-Each contender has a process of its own; they take turns, several rounds (A B A B), so that a machine that
+Each contender has a process of its own; they are measured in interleaved rounds (A B A B), so that a machine that
 slows down slows all of them. The table shows medians, the spread of the rounds, ratios to the peers (above 1:
-faster than the peer), the share of the machine's peak, measured as a product of matrices, and peak memory.
+faster than the peer), the fraction of the machine's peak, measured as a product of matrices, and peak memory.
 """
 
 import functools
@@ -25,7 +25,7 @@ from ..report.versions import versions
 from . import charts
 from .contenders import FLOAT32_ONLY, IN_FIT, KERAS, PEERS
 from .peers import Spec, product_side
-from .turns import QUIET, Bench, Contender
+from .rounds import QUIET, Bench, Contender
 
 BACKENDS = ("tensorflow", "jax", "torch")
 # So small that a step is what the host does for it.
@@ -83,14 +83,14 @@ class Options:
     images: Path | None = None
     """Images for `exports` as .npy, as that model takes them, to calibrate and compare on."""
     rounds: Count = 3
-    """Turns that each contender gets."""
+    """How often each contender is measured."""
     seconds: Amount = 3.0
-    """Length of a turn; at least three calls are made."""
+    """Of each measurement; at least three calls are made."""
     limit: MaybePositive = None
-    """Seconds that a contender's start (import, build, compilation, first calls), and each of its turns, may take. One
+    """Seconds that a contender's start (import, build, compilation, first calls), and each of its measurements, may take. One
     that takes longer is ended and said to; it does not count as failed, so the status stays 0."""
     out: Path = field(default_factory=lambda: Path("runs") / f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}")
-    """Folder for results.json, which is written after each turn, chart.png and growth.png."""
+    """Folder for results.json, which is written after each measurement, chart.png and growth.png."""
 
     def __post_init__(self):
         kinds = {"size": MaybeCount, "batch": MaybeCount, "threads": MaybeCount, "rounds": Count, "seconds": Amount}
@@ -169,7 +169,7 @@ class Results:
 def measure(
     mode: str, options: Options, bench: Bench, folder: str, keep: Keep = forget
 ) -> tuple[list[dict], Contender | None]:
-    """Measures all contenders in one mode, in turns; also gives the peak, a contender."""
+    """Measures all contenders in one mode, in interleaved rounds; also gives the peak, a contender."""
     multiply_adds = cost(options, mode)
 
     def rows_of(contenders: list[Contender]) -> list[dict]:
@@ -177,10 +177,12 @@ def measure(
         rows = [row(c) for c in contenders if c.spec.contender != PEAK and c.medians]
         for found in rows:
             speed = found["images_per_second"]
-            found["share_of_peak"] = charts.share_of_peak(multiply_adds, mode, speed, flops(peak) if peak else None)
+            found["fraction_of_peak"] = charts.fraction_of_peak(
+                multiply_adds, mode, speed, flops(peak) if peak else None
+            )
         return rows
 
-    found = bench.take_turns(
+    found = bench.run_rounds(
         options.specs(mode, folder), options.rounds, options.seconds, lambda running: keep(rows_of(running))
     )
     return rows_of(found), peak_of(found)
@@ -203,7 +205,7 @@ def row(contender: Contender) -> dict:
         "mode": spec.mode,
         "contender": spec.label,
         "batch": spec.batch,
-        "turns": len(contender.medians),
+        "rounds": len(contender.medians),
         "seconds": contender.seconds,
         "milliseconds": 1000 * contender.seconds,
         "images_per_second": spec.batch / contender.seconds,
@@ -224,28 +226,28 @@ def spread(values: list[float]) -> float:
 
 
 def measure_build(options: Options, bench: Bench, folder: str, keep: Keep = forget) -> list[dict]:
-    """Measures import and build, each time in a new process; the contenders take turns."""
+    """Measures import and build, each time in a new process; in interleaved rounds."""
     taken: dict[str, list[dict]] = {}
     rows: list[dict] = []
     for _ in range(options.rounds):
         for spec in options.specs("build", folder):
-            for contender in bench.take_turns([spec], 0, 0):
+            for contender in bench.run_rounds([spec], 0, 0):
                 taken.setdefault(spec.label, []).append(contender.facts)
-            rows = [build_row(label, turns) for label, turns in taken.items()]
+            rows = [build_row(label, rounds) for label, rounds in taken.items()]
             keep(rows)
     return rows
 
 
-def build_row(label: str, turns: list[dict]) -> dict:
+def build_row(label: str, rounds: list[dict]) -> dict:
     """What was measured of a contender's import and build."""
-    totals = [turn["import_seconds"] + turn["build_seconds"] for turn in turns]
+    totals = [each["import_seconds"] + each["build_seconds"] for each in rounds]
     return {
         "mode": "build",
         "contender": label,
-        "turns": len(turns),
+        "rounds": len(rounds),
         "seconds": statistics.median(totals),
-        "import_seconds": statistics.median(turn["import_seconds"] for turn in turns),
-        "build_seconds": statistics.median(turn["build_seconds"] for turn in turns),
+        "import_seconds": statistics.median(each["import_seconds"] for each in rounds),
+        "build_seconds": statistics.median(each["build_seconds"] for each in rounds),
         "spread": spread(totals),
     }
 
@@ -258,7 +260,7 @@ def measure_growth(options: Options, bench: Bench, folder: str, keep: Keep = for
         specs = [("batch", replace(spec, batch=batch)) for batch in GROWTH_BATCHES]
         specs += [("pixels", replace(spec, size=size, batch=GROWTH_BATCH)) for size in GROWTH_SIZES]
         for axis, point in specs:
-            for contender in bench.take_turns([point], 1, options.seconds):
+            for contender in bench.run_rounds([point], 1, options.seconds):
                 facts = contender.facts
                 memory = facts["device_memory"] or facts["peak_memory"] - facts["resident_memory"]
                 points.append(
@@ -277,7 +279,7 @@ def measure_growth(options: Options, bench: Bench, folder: str, keep: Keep = for
 
 
 def measure_exports(options: Options, bench: Bench, folder: str, keep: Keep = forget) -> list[dict]:
-    """Exports a model to every format on each backend, and measures each file beside the model, in turns."""
+    """Exports a model to every format on each backend, and measures each file beside the model, in interleaved rounds."""
     rows: list[dict] = []
     for backend in options.backends:
         asked = {"alpha": options.alpha, "size": options.side("exports"), "folder": f"{folder}/{backend}"}
@@ -297,7 +299,7 @@ def measure_exports(options: Options, bench: Bench, folder: str, keep: Keep = fo
         def keep_rows(running, of=rows_of):
             keep(of(running))
 
-        found = bench.take_turns(list(specs), options.rounds, options.seconds, keep_rows)
+        found = bench.run_rounds(list(specs), options.rounds, options.seconds, keep_rows)
         rows = rows_of(found)
     return rows
 
@@ -311,7 +313,7 @@ def cost(options: Options, mode: str) -> int:
 
 
 def run(options: Options) -> bool:
-    """Measures one mode after the other, and keeps the results after each turn; False where a contender failed."""
+    """Measures one mode after the other, and keeps the results after each measurement; False where a contender failed."""
     bench = Bench()
     results = Results(options, bench)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ class Spec:
         precision: float32 or bfloat16, which is mixed: the weights are in float32.
         on_device: whether images and labels are put on the device once, and outputs stay there.
         threads: of the framework; None leaves its default.
-        limit: seconds that the start, and each turn, may take; None for no limit.
+        limit: seconds that the start, and each measurement, may take; None for no limit.
     """
 
     contender: str

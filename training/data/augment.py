@@ -69,7 +69,7 @@ def random_crop(picture: Image.Image, size: int, smallest: float, rng: np.random
     Args:
         picture: a Pillow image.
         size: side of the result, in pixels.
-        smallest: share of the area that the window covers at least.
+        smallest: fraction of the area that the window covers at least.
         rng: where all that is random comes from.
     """
     width, height = picture.size
@@ -95,24 +95,24 @@ def trivial_augment(picture: Image.Image, rng: np.random.Generator) -> Image.Ima
     0.6 to 1.8 s for 16 images of 224 pixels on two cores.
     """
     name = OPERATIONS[rng.integers(len(OPERATIONS))]
-    share = rng.integers(LEVELS) / (LEVELS - 1)
+    magnitude = rng.integers(LEVELS) / (LEVELS - 1)
     sign = rng.choice((-1, 1))
     if name in ENHANCERS:
-        return ENHANCERS[name](picture).enhance(1 + sign * 0.99 * share)
+        return ENHANCERS[name](picture).enhance(1 + sign * 0.99 * magnitude)
     if name == "rotate":
-        return picture.rotate(sign * 135 * share)
+        return picture.rotate(sign * 135 * magnitude)
     if name == "posterize":
-        return ImageOps.posterize(picture, 8 - round(6 * share))
+        return ImageOps.posterize(picture, 8 - round(6 * magnitude))
     if name == "solarize":
-        threshold: Any = 256 * (1 - share)  # Pillow only compares with it.
+        threshold: Any = 256 * (1 - magnitude)  # Pillow only compares with it.
         return ImageOps.solarize(picture, threshold)
     if name == "auto_contrast":
         return ImageOps.autocontrast(picture)
     if name == "equalize":
         return ImageOps.equalize(picture)
     # Rows of the affine map from the result's coordinates to the picture's.
-    slope = sign * 0.99 * share if name.startswith("shear") else 0.0
-    move = sign * 32 * share if name.startswith("translate") else 0.0
+    slope = sign * 0.99 * magnitude if name.startswith("shear") else 0.0
+    move = sign * 32 * magnitude if name.startswith("translate") else 0.0
     along_x = (1, slope, move, 0, 1, 0)
     along_y = (1, 0, 0, slope, 1, move)
     matrix = along_x if name.endswith("x") else along_y if name.endswith("y") else (1, 0, 0, 0, 1, 0)

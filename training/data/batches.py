@@ -36,7 +36,7 @@ class Batches(keras.utils.PyDataset):
         seed: of the order and all changes; the images that fill no whole batch are left out, others in each epoch. None
             keeps the order of the split, with a last batch that may be smaller.
         workers: threads that make batches.
-        share: (number, of) of the process that reads. In training each reads its own rows of every batch, in order, so
+        shard: (number, of) of the process that reads. In training each reads its own rows of every batch, in order, so
             `of` must divide `batch_size`; of an ordered split it reads every `of`-th batch.
 
     A batch depends only on (seed, epoch, index): not on what was asked for before, nor on the threads. Its rows are the
@@ -52,7 +52,7 @@ class Batches(keras.utils.PyDataset):
         change: Callable[[np.ndarray, np.ndarray, int, int, int], tuple[np.ndarray, np.ndarray]] | None = None,
         seed: int | None = None,
         workers: int = 2,
-        share: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] = (0, 1),
     ):
         super().__init__(workers=workers)
         self.split = split
@@ -61,7 +61,7 @@ class Batches(keras.utils.PyDataset):
         self.prepare = prepare
         self.change = change
         self.seed = seed
-        self.share = share
+        self.shard = shard
         self.unreadable: dict[str, str] = {}
         """Names of the images that could not be read, and why."""
         self.waited = 0.0
@@ -91,13 +91,13 @@ class Batches(keras.utils.PyDataset):
         """
         size, first = self.batch_size, 0
         if self.seed is not None:
-            number, of = self.share
+            number, of = self.shard
             size //= of
             first = number * size
         start = index * self.batch_size + first
         # Of the batch and of each image. The order's has zeros in their places.
-        place = (self.seed or 0, epoch, index + 1)
-        rngs = (np.random.default_rng((*place, row + 1)) for row in itertools.count(first))
+        position = (self.seed or 0, epoch, index + 1)
+        rngs = (np.random.default_rng((*position, row + 1)) for row in itertools.count(first))
         chosen = self._order(epoch)[start : start + size]
         pairs = [pair for i, rng in zip(chosen, rngs, strict=False) if (pair := self._read(int(i), rng)) is not None]
         if not pairs:
@@ -107,7 +107,7 @@ class Batches(keras.utils.PyDataset):
         images = np.stack([image for image, _ in pairs])
         labels = keras.utils.to_categorical([label for _, label in pairs], self.classes)
         if self.change is not None:
-            seed = int(np.random.default_rng(place).integers(2**31))
+            seed = int(np.random.default_rng(position).integers(2**31))
             images, labels = self.change(images, labels, seed, first, self.batch_size)
         return images.astype("float32"), labels.astype("float32")
 
@@ -122,7 +122,7 @@ class Batches(keras.utils.PyDataset):
     ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
         """The same with the index of each batch in its epoch, which ends before the index `until`."""
         numbers = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
-        first, every = self.share if self.seed is None else (0, 1)
+        first, every = self.shard if self.seed is None else (0, 1)
         last = len(self) if until is None else until
         positions = ((e, i) for e in numbers for i in range(step if e == epoch else 0, last) if i % every == first)
         pool = ThreadPoolExecutor(self.workers)
@@ -207,7 +207,7 @@ def preprocessing(config: Config) -> keras_mnv2.Preprocessing:
     return keras_mnv2.Preprocessing.for_evaluation(size, config.weights, config.resize)
 
 
-def training_batches(split: Split, classes: int, config: Config, share: tuple[int, int] = (0, 1)) -> Batches:
+def training_batches(split: Split, classes: int, config: Config, shard: tuple[int, int] = (0, 1)) -> Batches:
     """Batches in a new order each epoch, changed as `config` says."""
     centre = preprocessing(config)
 
@@ -224,13 +224,13 @@ def training_batches(split: Split, classes: int, config: Config, share: tuple[in
         lambda images, labels, seed, first, size: augment.change_batch(images, labels, config, seed, first, size),
         config.seed,
         config.workers or cores(),
-        share,
+        shard,
     )
 
 
-def evaluation_batches(split: Split, classes: int, config: Config, share: tuple[int, int] = (0, 1)) -> Batches:
+def evaluation_batches(split: Split, classes: int, config: Config, shard: tuple[int, int] = (0, 1)) -> Batches:
     """Batches of validation and test."""
-    return ordered_batches(split, classes, preprocessing(config), config.batch_size, config.workers, share)
+    return ordered_batches(split, classes, preprocessing(config), config.batch_size, config.workers, shard)
 
 
 def ordered_batches(
@@ -239,14 +239,14 @@ def ordered_batches(
     how: keras_mnv2.Preprocessing,
     batch_size: int,
     workers: int | None = None,
-    share: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Batches in the split's order, of the centre of each image."""
 
     def prepare(image, rng):
         return resized(image, how, how.crop)
 
-    return Batches(split, classes, batch_size, prepare, workers=workers or cores(), share=share)
+    return Batches(split, classes, batch_size, prepare, workers=workers or cores(), shard=shard)
 
 
 def read_scores(
@@ -260,7 +260,7 @@ def read_scores(
 
     Args:
         run: from images (batch, height, width, channels) to an array (batch, numbers).
-        batches: ordered; each worker's share.
+        batches: ordered; each worker's shard.
         channel: to the processes that read them. Process 0 gets everything, the names of unreadable images too, and the
             others get their own part.
         start: index of the first batch.

@@ -36,28 +36,28 @@ class Inputs:
         return self.dataset.class_names
 
 
-def read(config: Config, share: tuple[int, int] = (0, 1)) -> Inputs:
+def read(config: Config, shard: tuple[int, int] = (0, 1)) -> Inputs:
     """The inputs that the settings ask for.
 
     Args:
         config: the settings.
-        share: (number, of) of the process that reads.
+        shard: (number, of) of the process that reads.
 
     Raises:
         ValueError: where the data set is none.
     """
     dataset = sets.load(config.dataset, config.image_size, config.data_dir, config.held_out)
-    return inputs_of(dataset, config, share)
+    return inputs_of(dataset, config, shard)
 
 
-def inputs_of(dataset: Dataset, config: Config, share: tuple[int, int] = (0, 1)) -> Inputs:
+def inputs_of(dataset: Dataset, config: Config, shard: tuple[int, int] = (0, 1)) -> Inputs:
     """The same of a data set that has been read."""
     classes = len(dataset.class_names)
     ordered, validation, test = (
-        evaluation_batches(split, classes, config, share) for split in (dataset.train, dataset.validation, dataset.test)
+        evaluation_batches(split, classes, config, shard) for split in (dataset.train, dataset.validation, dataset.test)
     )
     weights = balanced(dataset.train.labels, classes) if config.class_weights else None
-    train = training_batches(dataset.train, classes, config, share)
+    train = training_batches(dataset.train, classes, config, shard)
     return Inputs(dataset, train, ordered, validation, test, weights)
 
 

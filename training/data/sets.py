@@ -19,7 +19,7 @@ import numpy as np
 import keras_mnv2
 
 SPLIT_SEED = 0  # Of the split alone: it stays the same whatever the run's seed.
-HELD_OUT = 0.1  # Share of the training images that stands in for a validation or test split that is not there.
+HELD_OUT = 0.1  # Fraction of the training images that stands in for a validation or test split that is not there.
 # More classes are a mistake, such as the numbers of the images in the place of labels.
 MOST_CLASSES = 2**20
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -291,10 +291,10 @@ def _folder(path):
         parts = {"train": path}
     found: dict[str, Split] = {}
     class_names = None
-    for part, place in (parts or {"train": path}).items():
+    for part, folder in (parts or {"train": path}).items():
         try:
             # The first split has all classes.
-            paths, labels, class_names = keras_mnv2.class_folders(place, class_names)
+            paths, labels, class_names = keras_mnv2.class_folders(folder, class_names)
         except ValueError as error:
             raise ValueError(str(error).replace("folder must", "dataset must", 1)) from None
         found[part] = FileSplit(paths, np.array(labels))
@@ -385,13 +385,13 @@ def complete(found: dict[str, Split], class_names: tuple[str, ...], held_out: bo
     return Dataset(splits["train"], splits["validation"], splits["test"], class_names)
 
 
-def _divided(split, share=HELD_OUT):
-    """Two splits; the second has `share` of each class, at least one image of those that have two."""
+def _divided(split, fraction=HELD_OUT):
+    """Two splits; the second has `fraction` of each class, at least one image of those that have two."""
     rng = np.random.default_rng(SPLIT_SEED)
     second: list[int] = []
     for label in np.unique(split.labels):
         own = rng.permutation(np.flatnonzero(split.labels == label))
-        second += own[: max(1, round(share * len(own))) if len(own) > 1 else 0].tolist()
+        second += own[: max(1, round(fraction * len(own))) if len(own) > 1 else 0].tolist()
     if not second:
         raise ValueError("dataset must have two images of some class, so that one can be held out for validation.")
     first = np.setdiff1d(np.arange(len(split)), second)

@@ -49,7 +49,7 @@ class Channel:
             threading.Thread(target=self._receive, args=(peer,), daemon=True).start()
 
     @property
-    def share(self) -> tuple[int, int]:
+    def shard(self) -> tuple[int, int]:
         """What `Batches` takes."""
         return self.number, self.of
 

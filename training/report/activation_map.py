@@ -18,7 +18,7 @@ def activation_maps(model: keras.Model, images: np.ndarray, classes: np.ndarray)
     The sum of the last feature map's channels, each times the dense layer's weight for the class (CAM, Zhou et al.
     2016, arXiv 1512.04150), without what is negative, and brought to the size of the image. For such networks
     Grad-CAM (Selvaraju et al. 2017, arXiv 1610.02391, section 3, "Grad-CAM generalizes CAM") is the same up to a
-    factor: the gradient of the score before the softmax is the weight over the number of places, at each place.
+    factor: the gradient of the score before the softmax is the weight over the number of positions, at each position.
 
     Args:
         model: whose last layers are `GlobalAveragePooling2D`, perhaps `Dropout`, and `Dense`, perhaps followed by a
@@ -62,10 +62,10 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
         Bytes (height, width, 3).
     """
     grey = image.astype("float32").mean(axis=-1, keepdims=True)
-    places = np.linspace(0, 1, len(COLOURS))
-    colours = np.stack([np.interp(heat, places, channel) for channel in COLOURS.T], axis=-1)
-    share = STRENGTH * heat[..., None]
-    return (grey * (1 - share) + colours * share).round().astype("uint8")
+    positions = np.linspace(0, 1, len(COLOURS))
+    colours = np.stack([np.interp(heat, positions, channel) for channel in COLOURS.T], axis=-1)
+    opacity = STRENGTH * heat[..., None]
+    return (grey * (1 - opacity) + colours * opacity).round().astype("uint8")
 
 
 def _top(model: keras.Model) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ def charts(phases: Mapping[str, History]) -> list[dict[str, Any]]:
         Of each chart `title`, `phases` (`name`, `left`, `width` and `ticks` of the epochs), `ticks` of the values,
         `lines` (`name`, and `paths`: a list of points (x, y) for each unbroken piece), and `points`, what the page's
         script reads: `x`, `epochs` (what each is called), and `lines` with `name`, `y` and `values` (what each is
-        called). Places are in percent, from the left and from the top.
+        called). Positions are in percent, from the left and from the top.
     """
     return [
         _chart(title, names, say, phases)
@@ -69,7 +69,7 @@ def _chart(title, names, say, phases):
     width = 100 / len(phases)
     for number, (phase, history) in enumerate(phases.items()):
         count, left = epochs_of(history), number * width
-        places = [round(left + width * (i + 0.5) / count, 3) for i in range(count)]
+        positions = [round(left + width * (i + 0.5) / count, 3) for i in range(count)]
         every = max(1, round(nice_ticks(0, count, 1 + math.ceil(TICKS / len(phases)))[1]))
         marked = [i for i in range(count) if (i + 1) % every == 0]
         shown.append(
@@ -77,10 +77,10 @@ def _chart(title, names, say, phases):
                 "name": phase,
                 "left": left,
                 "width": width,
-                "ticks": [{"at": places[i], "label": str(i + 1)} for i in marked],
+                "ticks": [{"at": positions[i], "label": str(i + 1)} for i in marked],
             }
         )
-        x += places
+        x += positions
         epochs += [f"{f'{phase}, ' if len(phases) > 1 else ''}epoch {i + 1}" for i in range(count)]
         for key, line in lines.items():
             values = [*history.get(key, ())]
@@ -90,7 +90,7 @@ def _chart(title, names, say, phases):
             ]
             line["y"] += heights
             line["values"] += [None if y is None else say(value) for y, value in zip(heights, values, strict=True)]
-            line["paths"] += _pieces(places, heights)
+            line["paths"] += _pieces(positions, heights)
     kept = [line for line in lines.values() if line["paths"]]
     return {
         "title": title,
@@ -108,10 +108,10 @@ def _chart(title, names, say, phases):
     }
 
 
-def _pieces(places, heights):
+def _pieces(positions, heights):
     """The points of a line, in pieces where values are missing between."""
     pieces: list[list[tuple[float, float]]] = [[]]
-    for x, y in zip(places, heights, strict=True):
+    for x, y in zip(positions, heights, strict=True):
         if y is None:
             pieces.append([])
         else:

@@ -67,5 +67,5 @@ def text(results: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _percent(share):
-    return None if share is None else f"{share:.1%}"
+def _percent(fraction):
+    return None if fraction is None else f"{fraction:.1%}"

@@ -9,7 +9,7 @@ import keras_mnv2
 
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of the images whose label is among the `k` largest scores; of equal scores the first class is the larger.
+    """Fraction of the images whose label is among the `k` largest scores; of equal scores the first class is the larger.
 
     Args:
         scores: (images, classes).
@@ -39,8 +39,8 @@ def per_class(matrix: np.ndarray, class_names: Sequence[str]) -> list[dict[str, 
         class_names: in the order of the rows.
 
     Returns:
-        Dicts with `name`, `images`, `accuracy` (recall: the share of its images that is found; None without images),
-        `precision` (the share of its predictions that is right; None without predictions) and `f1` (their harmonic
+        Dicts with `name`, `images`, `accuracy` (recall: the fraction of its images that is found; None without images),
+        `precision` (the fraction of its predictions that is right; None without predictions) and `f1` (their harmonic
         mean; None without both).
     """
     right, images, predictions = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
@@ -84,7 +84,7 @@ def most_confused(matrix: np.ndarray, class_names: Sequence[str], number: int) -
 def calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3), 0 to 1.
 
-    The sum over the bins of their share of the images times |accuracy - mean confidence|. Confidence is the largest of
+    The sum over the bins of their fraction of the images times |accuracy - mean confidence|. Confidence is the largest of
     `keras_mnv2.probabilities`; bin m of M holds those in ((m - 1) / M, m / M].
 
     Args:
@@ -95,7 +95,7 @@ def calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 15) ->
     found = keras_mnv2.probabilities(scores)
     confidence, right = found.max(axis=1), found.argmax(axis=1) == labels
     index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    # Share of the images times the difference of the means is the difference of the sums over all images.
+    # Fraction of the images times the difference of the means is the difference of the sums over all images.
     differences = np.bincount(index, right - confidence, bins)
     return float(np.abs(differences).sum() / len(labels))
 

@@ -90,7 +90,7 @@ def html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda share: "" if share is None else f"{share:.1%}"
+    environment.filters["percent"] = lambda fraction: "" if fraction is None else f"{fraction:.1%}"
     environment.filters["picture"] = picture
     environment.filters["short"] = lambda name: "/".join(Path(name).parts[-2:])
     script = (folder / "page.js").read_text("utf-8")

@@ -70,8 +70,8 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
 
     def __call__(self, step):
         step = keras.ops.cast(step, "float32")
-        share = keras.ops.minimum(step / self.steps, 1.0)
-        return share * self.after(keras.ops.maximum(step - self.steps, 0.0))
+        fraction = keras.ops.minimum(step / self.steps, 1.0)
+        return fraction * self.after(keras.ops.maximum(step - self.steps, 0.0))
 
     def get_config(self):
         return {"after": keras.saving.serialize_keras_object(self.after), "steps": self.steps}

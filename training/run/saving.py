@@ -80,16 +80,16 @@ class Saver:
         if state is None:
             return 0, 0
         checkpoints.put(self.model, state)
-        place = state.place
+        position = state.position
         self._written, self._written_at = state, time.monotonic()
-        self.history = place["history"]
+        self.history = position["history"]
         if self.stopping is not None:
             for name, value in place["stopping"].items():
                 setattr(self.stopping, name, value)
             self.stopping.best_weights = state.group("best") or None
-        epoch, step = place["epoch"], place["step"]
+        epoch, step = position["epoch"], position["step"]
         if step == self.steps:
-            self._end_of_epoch(place["logs"])
+            self._end_of_epoch(position["logs"])
         elif step:
             self._found_means = state.group("metrics")
         return epoch, step
@@ -160,8 +160,8 @@ class Saver:
         early = {name: getattr(self.stopping, name) for name in STOPPING} if self.stopping else {}
         history = {name: list(values) for name, values in self.history.items()}
         more = {"logs": logs and dict(logs), "history": history, "stopping": early}
-        place = self.run.place(self.phase, self.epoch, step, **more)
-        state = checkpoints.take(self.model, self._means_variables(), place)
+        position = self.run.position(self.phase, self.epoch, step, **more)
+        state = checkpoints.take(self.model, self._means_variables(), position)
         best = (self.stopping and self.stopping.best_weights) or []
         for name, group in (("best", best), ("trained", self.beside)):
             state.arrays |= {f"{name}/{i:04d}": array for i, array in enumerate(group)}
@@ -194,9 +194,9 @@ def trained_weights(run: Run, model: keras.Model) -> list[np.ndarray]:
         weights = model.get_weights()
         if run.channel.main:
             arrays = {f"weights/{i:04d}": weight for i, weight in enumerate(weights)}
-            run.checkpoints.write(State(arrays, run.place("trained", 0, 0)))
+            run.checkpoints.write(State(arrays, run.position("trained", 0, 0)))
         return weights
-    if state.place["phase"] != "trained":
+    if state.position["phase"] != "trained":
         # Of the quantisation: it has the trained weights beside its own.
         run.resumed = state
     weights = state.group("trained" if run.resumed else "weights")
@@ -208,10 +208,12 @@ def keep_good_weights(run: Run, model: keras.Model, size: int, error: Diverged) 
     """Saves the last good weights as a model, and gives a sentence for the error."""
     if error.state is None or not run.channel.main:
         return str(error)
-    place = error.state.place
-    if place["phase"] == "quantize_history":
+    position = error.state.position
+    if position["phase"] == "quantize_history":
         return f"{error} {run.folder / 'model.keras'} has the weights before the quantisation."
     path = run.folder / "last_good.keras"
     with files.beside(path) as part:
         for_inference(model, size, error.state.group("weights")).save(part)
-    return f"{error} The last good weights, after step {place['step']} in epoch {place['epoch'] + 1}, are in {path}."
+    return (
+        f"{error} The last good weights, after step {position['step']} in epoch {position['epoch'] + 1}, are in {path}."
+    )

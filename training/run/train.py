@@ -92,7 +92,7 @@ def run_on(engine: Engine, channel: Channel, stop: Stop, config: Config, command
 def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel, stop: Stop) -> dict:
     """The run in the folder that its first process holds."""
     keras.utils.set_random_seed(config.seed)
-    inputs = read(config, channel.share)
+    inputs = read(config, channel.shard)
     count, classes = len(inputs.dataset.train), len(inputs.class_names)
     if count < config.batch_size and engine.replicas > 1:
         raise ValueError(f"batch_size must be at most the {count} training images, got {config.batch_size}.")

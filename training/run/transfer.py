@@ -78,12 +78,12 @@ def features_of(
         # Only the first process keeps parts, and all read those that are missing.
         if not run.channel.agree(part is not None):
             x, y = read_scores(predict, batches, run.channel, start, min(start + at_once, len(batches)))
-            place = {"fingerprint": run.fingerprint, "unreadable": dict(batches.unreadable)}
-            part = State({"x": x.astype("float32"), "y": y}, place)
+            position = {"fingerprint": run.fingerprint, "unreadable": dict(batches.unreadable)}
+            part = State({"x": x.astype("float32"), "y": y}, position)
             if run.channel.main:
                 run.checkpoints.write_beside(path, part)
         if part is not None and run.channel.main:
-            batches.unreadable |= part.place["unreadable"]
+            batches.unreadable |= part.position["unreadable"]
             vectors.append(part.arrays["x"])
             labels.append(part.arrays["y"])
     if not run.channel.main:
@@ -96,7 +96,7 @@ def _kept_part(run: Run, path: Path) -> State | None:
         part = State.decode(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    return part if part.place.get("fingerprint") == run.fingerprint else None
+    return part if part.position.get("fingerprint") == run.fingerprint else None
 
 
 def _train_classifier(config, train, validation, class_weight):

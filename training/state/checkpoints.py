@@ -34,12 +34,12 @@ class State:
     """Arrays and where they belong.
 
     `arrays` has the variables of a model and its training in four groups, `weights/0000`, `seeds/...`, `optimizer/...`
-    and `metrics/...`, and what callbacks keep. `place` is what JSON holds: `phase`, `epoch` and `step` (both done),
+    and `metrics/...`, and what callbacks keep. `position` is what JSON holds: `phase`, `epoch` and `step` (both done),
     `history`, and so on.
     """
 
     arrays: dict[str, np.ndarray]
-    place: dict[str, Any]
+    position: dict[str, Any]
 
     def group(self, name: str) -> list[np.ndarray]:
         """The arrays of a group, in order."""
@@ -47,7 +47,7 @@ class State:
 
     def encode(self) -> bytes:
         """As the bytes of a safetensors file, whose metadata hold the place, the format, and a hash of all the rest."""
-        metadata = {"format": str(FORMAT), "place": json.dumps(self.place), "blake2b": "0" * HASH_LENGTH}
+        metadata = {"format": str(FORMAT), "position": json.dumps(self.position), "blake2b": "0" * HASH_LENGTH}
         # Dense: safetensors writes what lies in memory from the first number on.
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         content = safetensors.numpy.save(arrays, metadata)
@@ -66,13 +66,13 @@ class State:
             raise ValueError("no whole checkpoint")
         try:
             metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-            written, place = metadata["format"], json.loads(metadata["place"])
+            written, position = metadata["format"], json.loads(metadata["position"])
             arrays = safetensors.numpy.load(content)
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ValueError("no whole checkpoint") from error
-        if written != str(FORMAT) or not isinstance(place, dict):
+        if written != str(FORMAT) or not isinstance(position, dict):
             raise ValueError("no checkpoint of this version")
-        return cls(arrays, place)
+        return cls(arrays, position)
 
 
 def _around_hash(content):
@@ -88,13 +88,13 @@ def _hash(before, after):
     return digest.hexdigest().encode()
 
 
-def take(model: keras.Model, metrics: Sequence[keras.Variable], place: dict[str, Any]) -> State:
+def take(model: keras.Model, metrics: Sequence[keras.Variable], position: dict[str, Any]) -> State:
     """A copy of the state of a compiled model: weights, random seeds, optimiser and running means.
 
     Args:
         model: built and compiled.
         metrics: the variables of its metrics.
-        place: of the checkpoint.
+        position: of the checkpoint.
     """
     groups = {**_variables(model), "metrics": metrics}
     # Copies: on a CPU an array may be a view of what the next step overwrites.
@@ -103,7 +103,7 @@ def take(model: keras.Model, metrics: Sequence[keras.Variable], place: dict[str,
         for name, variables in groups.items()
         for i, variable in enumerate(variables)
     }
-    return State(arrays, place)
+    return State(arrays, position)
 
 
 def put(model: keras.Model, checkpoint: State) -> None:

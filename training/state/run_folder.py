@@ -55,14 +55,14 @@ class Run:
         """Of the run until now, over all its starts."""
         return self.before + time.perf_counter() - self.started
 
-    def place(self, phase: str, epoch: int, step: int, **more: Any) -> dict[str, Any]:
+    def position(self, phase: str, epoch: int, step: int, **more: Any) -> dict[str, Any]:
         """What a checkpoint says of where it was taken."""
         own = {"backend": keras.backend.backend(), "seconds": self.seconds, "fingerprint": self.fingerprint}
         return {"phase": phase, "epoch": epoch, "step": step, "done": self.done, **own, **more}
 
     def taken(self, phase: str) -> State | None:
         """The checkpoint that the run goes on from, where it is of this phase; once."""
-        if self.resumed is None or self.resumed.place["phase"] != phase:
+        if self.resumed is None or self.resumed.position["phase"] != phase:
             return None
         state, self.resumed = self.resumed, None
         return state
@@ -163,18 +163,18 @@ def open_run(config: Config, engine: Engine, channel: Channel, stop: Stop, datas
             )
         if found is None:
             files.write_json(path / "config.json", dataclasses.asdict(config) | {"run_dir": str(path)})
-        elif told := _difference(found.place["fingerprint"], fingerprint):
+        elif told := _difference(found.position["fingerprint"], fingerprint):
             raise ValueError(f"dataset must be what it was when the run stopped: {told}.")
     # The first process reads, so that the others need not see its files.
     content = channel.broadcast(found.encode() if found and channel.of > 1 else b"")
     if content and not channel.main:
         found = State.decode(content)
     if found is not None:
-        place = found.place
-        run.resumed, run.done, run.before = found, place["done"], place["seconds"]
+        position = found.position
+        run.resumed, run.done, run.before = found, position["done"], position["seconds"]
         print(
-            f"Goes on after step {place['step']} in epoch {place['epoch'] + 1} of {place['phase']}, "
-            f"saved on {place['backend']}.",
+            f"Goes on after step {position['step']} in epoch {position['epoch'] + 1} of {position['phase']}, "
+            f"saved on {position['backend']}.",
             flush=True,
         )
     return run

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ONCE, once, once_on
 from tests.helpers import randomise, relative_difference
-from training.benchmark import charts, contenders, exports, frameworks, modes, peers, turns
+from training.benchmark import charts, contenders, exports, frameworks, modes, peers, rounds
 from training.benchmark.contenders import PEERS
 from training.benchmark.peers import Spec
 
@@ -27,7 +27,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def test_the_command_measures_and_leaves_table_json_and_chart(tmp_path):
     arguments = ["--against", "keras.applications", "--mode", *MODES, "--batch", "2", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "training.benchmark", *TINY, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=turns.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=rounds.ROOT)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     names = [f"keras_mnv2, {BACKEND}", f"keras.applications, {BACKEND}"]
@@ -38,7 +38,7 @@ def test_the_command_measures_and_leaves_table_json_and_chart(tmp_path):
     assert ours["images_per_second"] == pytest.approx(2 / ours["seconds"])
     assert ours["ratios"] == {"keras": pytest.approx(theirs["seconds"] / ours["seconds"])}
     assert theirs["ratios"]["keras"] == 1
-    assert 0 < ours["share_of_peak"] < 1
+    assert 0 < ours["fraction_of_peak"] < 1
     assert 50 < ours["peak_memory_mib"] < 20000
     assert results["peak_flops"][MODES[0]] > 1e9
     assert results["options"]["alpha"] == 0.35
@@ -73,8 +73,8 @@ def served(spec, monkeypatch, lines="0\n"):
 
 def test_what_a_call_gives_is_not_taken_for_its_seconds(monkeypatch):
     monkeypatch.setattr(contenders, "PEERS", {"torchvision": (lambda spec: lambda: 1000.0, ())})
-    start, turn = served(Spec("torchvision", "", "training", 0.35, 32, 2, True, ""), monkeypatch)
-    assert 0 < max(turn["times"]) < 1
+    start, measured = served(Spec("torchvision", "", "training", 0.35, 32, 2, True, ""), monkeypatch)
+    assert 0 < max(measured["times"]) < 1
     assert 0 < start["first_step_seconds"] < start["start_seconds"]
 
 
@@ -164,7 +164,7 @@ def test_tf32_is_told_where_there_is_a_gpu(monkeypatch):
 def test_growth_is_measured_in_a_process_a_point(monkeypatch):
     monkeypatch.setattr(modes, "GROWTH_BATCHES", (64,))
     monkeypatch.setattr(modes, "GROWTH_SIZES", ())
-    bench = turns.Bench()
+    bench = rounds.Bench()
     options = modes.Options(backend=BACKEND, alpha=0.35, size=64, seconds=0.05)
     (point,) = modes.measure_growth(options, bench, "")
     assert not bench.failed
@@ -244,7 +244,7 @@ def test_what_knows_no_bfloat16_is_left_out_and_said_to_be(monkeypatch, capsys, 
     options = modes.Options(backend=BACKEND, precision="bfloat16", against=("litert", "torchvision"))
     labels = {spec.label for spec in options.specs("inference", "")}
     assert labels == {f"keras_mnv2, {BACKEND}", "torchvision", "matrix product"}
-    monkeypatch.setattr(turns.Bench, "take_turns", lambda *arguments: [])
+    monkeypatch.setattr(rounds.Bench, "run_rounds", lambda *arguments: [])
     assert modes.run(replace(options, out=tmp_path))
     assert "not measured in bfloat16, which they do not have: litert\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text())["left_out"] == ["litert"]
@@ -261,21 +261,21 @@ def stand_in(tmp_path, monkeypatch, script):
 
 def test_a_turn_that_exceeds_the_limit_is_ended_and_told(tmp_path, monkeypatch, capsys):
     start = r"""printf '{"a"'; sleep 0.1; printf ': 1}\n'"""
-    turn = r"""printf '{"times": [1.0, 3.0'; sleep 0.1; printf ', 2.0]}\n{"ti'"""
-    stand_in(tmp_path, monkeypatch, f"{start}; {turn}; exec sleep 60")
+    measured = r"""printf '{"times": [1.0, 3.0'; sleep 0.1; printf ', 2.0]}\n{"ti'"""
+    stand_in(tmp_path, monkeypatch, f"{start}; {measured}; exec sleep 60")
     processes, medians = [], []
 
     def keep(running):
         processes.extend(contender.process for contender in running)
         medians.append([contender.medians[:] for contender in running])
 
-    bench = turns.Bench()
+    bench = rounds.Bench()
     spec = Spec("torchvision", "", "inference", 0.35, 32, 2, True, "", limit=2.0)
-    assert bench.take_turns([spec], 3, 0.1, keep) == []
+    assert bench.run_rounds([spec], 3, 0.1, keep) == []
     assert medians == [[[]], [[2.0]], []]
-    assert (bench.exceeded, bench.failed) == ({spec: "turn 2"}, {})
-    assert bench.take_turns([spec], 3, 0.1) == []
-    said = "torchvision exceeded the limit of 2 s in turn 2 (inference, batch 2, size 32)\n"
+    assert (bench.exceeded, bench.failed) == ({spec: "round 2"}, {})
+    assert bench.run_rounds([spec], 3, 0.1) == []
+    said = "torchvision exceeded the limit of 2 s in round 2 (inference, batch 2, size 32)\n"
     assert capsys.readouterr().out == said
     with pytest.raises(ProcessLookupError):
         os.killpg(processes[0].pid, 0)
@@ -297,7 +297,7 @@ def test_an_exceeded_limit_is_no_failure(tmp_path, monkeypatch, capsys):
     assert (results["rows"], results["failed"]) == ([], [])
 
 
-def test_an_interrupted_run_leaves_the_rows_of_the_turns_before(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_the_rows_of_the_rounds_before(tmp_path, monkeypatch):
     class Fake:
         def __init__(self, spec):
             self.spec, self.medians = spec, []
@@ -308,7 +308,7 @@ def test_an_interrupted_run_leaves_the_rows_of_the_turns_before(tmp_path, monkey
         def start(self):
             pass
 
-        def turn(self, seconds):
+        def measure(self, seconds):
             if self.spec.contender == "torchvision" and self.medians:
                 raise KeyboardInterrupt
             self.medians.append(0.5)
@@ -316,15 +316,15 @@ def test_an_interrupted_run_leaves_the_rows_of_the_turns_before(tmp_path, monkey
         def stop(self):
             pass
 
-    monkeypatch.setattr(turns, "Contender", Fake)
+    monkeypatch.setattr(rounds, "Contender", Fake)
     wanted = ["--against", "torchvision", "--mode", "training", "--rounds", "3", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["benchmark", "--backend", BACKEND, *wanted])
     with pytest.raises(SystemExit, match="has what was measured before"):
         modes.main()
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [(row["contender"], row["turns"]) for row in rows] == [(f"keras_mnv2, {BACKEND}", 2), ("torchvision", 1)]
+    assert [(row["contender"], row["rounds"]) for row in rows] == [(f"keras_mnv2, {BACKEND}", 2), ("torchvision", 1)]
     assert rows[0]["ratios"] == {"torchvision": 1}
-    assert rows[0]["share_of_peak"] > 0
+    assert rows[0]["fraction_of_peak"] > 0
 
 
 def test_an_interrupt_leaves_no_process_behind(monkeypatch):
@@ -334,16 +334,16 @@ def test_an_interrupt_leaves_no_process_behind(monkeypatch):
         started.append(contender.process)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(turns.Contender, "turn", interrupted)
+    monkeypatch.setattr(rounds.Contender, "measure", interrupted)
     spec = Spec("matrix product", "", "inference", 0.35, 32, 1, True, "")
     with pytest.raises(KeyboardInterrupt):
-        turns.Bench().take_turns([spec], 1, 1.0)
+        rounds.Bench().run_rounds([spec], 1, 1.0)
     assert started[0].returncode < 0
     with pytest.raises(ProcessLookupError):
         os.killpg(started[0].pid, 0)
 
 
-def test_contenders_take_turns(monkeypatch):
+def test_contenders_run_rounds(monkeypatch):
     order = []
 
     class Fake:
@@ -353,18 +353,18 @@ def test_contenders_take_turns(monkeypatch):
         def start(self):
             order.append(f"start {self.spec.label}")
 
-        def turn(self, seconds):
+        def measure(self, seconds):
             order.append(self.spec.label)
             if self.spec.label == "b" and order.count("b") == 2:
-                raise turns.ContenderError("out of breath")
+                raise rounds.ContenderError("out of breath")
 
         def stop(self):
             order.append(f"stop {self.spec.label}")
 
-    monkeypatch.setattr(turns, "Contender", Fake)
-    bench = turns.Bench()
+    monkeypatch.setattr(rounds, "Contender", Fake)
+    bench = rounds.Bench()
     specs = [Spec(name, "", "inference", 1.0, 32, 1, True, "") for name in "abc"]
-    assert [c.spec.label for c in bench.take_turns(specs, 3, 1.0)] == ["a", "c"]
+    assert [c.spec.label for c in bench.run_rounds(specs, 3, 1.0)] == ["a", "c"]
     assert order[:3] == ["start a", "start b", "start c"]
     assert order[3:11] == ["a", "b", "c", "a", "b", "c", "a", "c"]
     assert sorted(order[11:]) == ["stop a", "stop b", "stop c"]
@@ -406,9 +406,9 @@ def test_the_table_has_the_columns_that_were_measured():
 
 def test_the_share_of_the_peak():
     # 300 million multiply-adds are 0.6 GFLOP: at 100 images/s 60 GFLOP/s.
-    assert charts.share_of_peak(300_000_000, "inference", 100.0, 120e9) == pytest.approx(0.5)
-    assert charts.share_of_peak(300_000_000, "training", 100.0, 360e9) == pytest.approx(0.5)
-    assert charts.share_of_peak(300_000_000, "inference", 100.0, None) is None
+    assert charts.fraction_of_peak(300_000_000, "inference", 100.0, 120e9) == pytest.approx(0.5)
+    assert charts.fraction_of_peak(300_000_000, "training", 100.0, 360e9) == pytest.approx(0.5)
+    assert charts.fraction_of_peak(300_000_000, "inference", 100.0, None) is None
 
 
 def test_the_slope_is_that_of_the_upper_half():
@@ -464,7 +464,7 @@ def test_a_bad_option_ends_in_one_sentence(arguments, message, monkeypatch, tmp_
 @pytest.mark.slow
 def test_exports_are_measured_beside_the_model_that_they_come_from(tmp_path):
     command = [sys.executable, "-m", "training.benchmark", *TINY, "--mode", "exports", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=turns.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=rounds.ROOT)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["contender"] for row in rows] == [f"{name}, {BACKEND}" for name in ("keras_mnv2", *exports.FILES)]

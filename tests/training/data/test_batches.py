@@ -76,29 +76,29 @@ def test_workers_share_the_rows_of_a_batch_as_one_would_have_them(rng):
 
 
 def test_workers_share_an_ordered_reading_batch_by_batch():
-    shares = [batches_of(numbered(), share=(number, 2)) for number in range(2)]
-    assert [numbers(batch) for batch in shares[0].stream(epochs=1)] == [[0, 1, 2, 3], [8, 9]]
-    assert [numbers(batch) for batch in shares[1].stream(epochs=1)] == [[4, 5, 6, 7]]
-    assert [i for i, _ in shares[0].numbered_stream(epochs=1, step=1)] == [2]
-    assert [i for i, _ in shares[0].numbered_stream(epochs=1, until=2)] == [0]
+    shards = [batches_of(numbered(), shard=(number, 2)) for number in range(2)]
+    assert [numbers(batch) for batch in shards[0].stream(epochs=1)] == [[0, 1, 2, 3], [8, 9]]
+    assert [numbers(batch) for batch in shards[1].stream(epochs=1)] == [[4, 5, 6, 7]]
+    assert [i for i, _ in shards[0].numbered_stream(epochs=1, step=1)] == [2]
+    assert [i for i, _ in shards[0].numbered_stream(epochs=1, until=2)] == [0]
 
 
 def test_the_first_worker_gets_all_scores_in_order(tmp_path):
     split = numbered()
-    shares = [batches_of(split, share=(number, 2)) for number in range(2)]
-    shares[1].unreadable["image 5"] = "torn"
+    shards = [batches_of(split, shard=(number, 2)) for number in range(2)]
+    shards[1].unreadable["image 5"] = "torn"
 
     def run(images):
         return images[:, 0, 0, :]
 
     def task(worker):
-        return read_scores(run, shares[worker.number], worker)
+        return read_scores(run, shards[worker.number], worker)
 
     (scores, labels), (own, _) = connected(2, task)
     np.testing.assert_array_equal(scores[:, 0], np.arange(10))
     np.testing.assert_array_equal(labels, split.labels)
     np.testing.assert_array_equal(own[:, 0], np.arange(4, 8))
-    assert shares[0].unreadable == {"image 5": "torn"}
+    assert shards[0].unreadable == {"image 5": "torn"}
 
 
 @pytest.mark.parametrize("workers", [1, 5])

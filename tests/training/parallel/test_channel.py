@@ -40,7 +40,7 @@ def connected(of, task):
 def test_one_worker_needs_nobody():
     alone = connect(0, 1, "", None)
     assert alone.main
-    assert alone.share == (0, 1)
+    assert alone.shard == (0, 1)
     assert alone.gather(b"a") == [b"a"]
     (arrays,) = alone.gather_arrays(np.array(3), np.ones((2, 3), "float32"), np.zeros((0, 2)))
     assert [(array.shape, array.dtype) for array in arrays] == [((), "int64"), ((2, 3), "float32"), ((0, 2), "float64")]

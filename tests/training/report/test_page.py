@@ -157,7 +157,7 @@ def test_the_page_says_what_was_found():
         assert part in text
     ((_, row),) = found.all("tr", **{"data-of": "25"})
     assert row == "dog520"
-    shaded = [attributes["class"] for attributes, _ in found.all("td") if "--share" in attributes.get("style", "")]
+    shaded = [attributes["class"] for attributes, _ in found.all("td") if "--fraction" in attributes.get("style", "")]
     assert shaded == ["right", "wrong", "wrong", "right", "right", *["bar"] * 9]
 
 

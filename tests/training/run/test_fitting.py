@@ -194,7 +194,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_weights(d
     good = keras.models.load_model(tmp_path / "run" / "last_good.keras")
     assert all(np.isfinite(weight).all() for weight in good.get_weights())
     newest = Checkpoints(tmp_path / "run" / "checkpoints").newest()
-    assert f"after step {newest.place['step']} in epoch 1" in told
+    assert f"after step {newest.position['step']} in epoch 1" in told
     assert all(np.isfinite(array).all() for array in newest.group("weights"))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "checkpoints", "last_good.keras"}
 
@@ -213,7 +213,7 @@ def test_checkpoints_come_by_steps_and_by_seconds(changes, expected, dataset, mo
     monkeypatch.setattr(
         Checkpoints,
         "write",
-        lambda self, checkpoint: written.append((checkpoint.place["epoch"], checkpoint.place["step"])),
+        lambda self, checkpoint: written.append((checkpoint.position["epoch"], checkpoint.position["step"])),
     )
     train.run(runs.settings(dataset, tmp_path / "run", **changes))
     assert written == expected
@@ -254,7 +254,7 @@ def killed(words, folder, kills, chance):
         process.kill()
         process.communicate()
         newest = Checkpoints(folder / "checkpoints").newest()
-        places.append((newest.place["epoch"], newest.place["step"]) if newest else None)
+        places.append((newest.position["epoch"], newest.position["step"]) if newest else None)
     runs.finish(runs.start("training", words, BACKEND))
     return places
 
@@ -339,7 +339,7 @@ def test_a_vanished_run_folder_ends_in_a_sentence(dataset, monkeypatch, tmp_path
     with pytest.raises(OSError, match="could not be written: No such file or directory"):
         train.run(runs.settings(dataset, tmp_path / "run", checkpoint_steps=1))
     assert not (tmp_path / "run").exists()
-    assert Checkpoints(tmp_path / "elsewhere" / "checkpoints").newest().place["step"] == 2
+    assert Checkpoints(tmp_path / "elsewhere" / "checkpoints").newest().position["step"] == 2
 
 
 def test_a_run_folder_that_cannot_be_written_ends_in_a_sentence(dataset, tmp_path):

@@ -32,7 +32,7 @@ def small_checkpoint():
 
 
 def assert_equal(found, expected):
-    assert found.place == expected.place
+    assert found.position == expected.position
     assert found.arrays.keys() == expected.arrays.keys()
     for name, array in expected.arrays.items():
         np.testing.assert_array_equal(found.arrays[name], array)
@@ -70,9 +70,9 @@ def test_a_damaged_checkpoint_is_never_taken_for_whole(rng):
     for length in range(0, len(content), 7):
         with pytest.raises(ValueError, match="no whole checkpoint"):
             State.decode(content[:length])
-    for place in rng.permutation(len(content))[:400]:
+    for position in rng.permutation(len(content))[:400]:
         damaged = bytearray(content)
-        damaged[place] ^= 1 << int(rng.integers(8))
+        damaged[position] ^= 1 << int(rng.integers(8))
         with pytest.raises(ValueError, match="no whole checkpoint"):
             State.decode(bytes(damaged))
 
@@ -86,22 +86,22 @@ def hashed(header, data=b""):
     return bytes(before) + checkpoints._hash(before, after) + bytes(after)
 
 
-WHOLE = {"format": "2", "place": "{}"}
+WHOLE = {"format": "2", "position": "{}"}
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        {"__metadata__": {"place": "{}"}},
+        {"__metadata__": {"position": "{}"}},
         {"__metadata__": {"format": "2"}},
-        {"__metadata__": {**WHOLE, "place": "{"}},
+        {"__metadata__": {**WHOLE, "position": "{"}},
         {"__metadata__": WHOLE, "weights/0000": {}},
         {"__metadata__": WHOLE, "weights/0000": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
         {"__metadata__": WHOLE, "weights/0000": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}},
         {"__metadata__": WHOLE, "weights/0000": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}},
         {"__metadata__": WHOLE, "weights/0000": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
     ],
-    ids=["format", "place", "no JSON", "nothing", "more", "much more", "another size", "unknown"],
+    ids=["format", "position", "no JSON", "nothing", "more", "much more", "another size", "unknown"],
 )
 def test_a_checkpoint_that_lacks_something_or_claims_more_than_it_holds_is_damaged(header):
     with pytest.raises(ValueError, match=r"^no whole checkpoint$"):
@@ -136,7 +136,7 @@ def test_any_tool_reads_a_checkpoint(tmp_path):
         np.testing.assert_array_equal(file.get_tensor("weights/0000"), small_checkpoint().arrays["weights/0000"])
         metadata = file.metadata()
     assert metadata["format"] == "2"
-    assert json.loads(metadata["place"]) == small_checkpoint().place
+    assert json.loads(metadata["position"]) == small_checkpoint().position
 
 
 def test_a_text_that_looks_like_the_hash_is_none():
@@ -150,7 +150,7 @@ def test_a_checkpoint_is_never_executed(tmp_path):
             return os.mkdir, (str(tmp_path / "made"),)
 
     buffer = io.BytesIO()
-    np.savez(buffer, place=np.array([Evil()], dtype=object))
+    np.savez(buffer, position=np.array([Evil()], dtype=object))
     for content in (buffer.getvalue(), pickle.dumps(Evil())):
         with pytest.raises(ValueError, match="no whole checkpoint"):
             State.decode(content)
@@ -167,7 +167,7 @@ def test_the_last_few_are_kept_and_a_torn_one_falls_back(tmp_path, capsys):
     torn = newest.read_bytes()[:100]
     newest.write_bytes(torn)
     folder.file(4).write_bytes(b"")
-    assert folder.newest().place == {"epoch": 2}
+    assert folder.newest().position == {"epoch": 2}
     told = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in told] == [str(newest), str(folder.file(4))]
     assert all("the one before is taken" in line for line in told)
@@ -176,7 +176,7 @@ def test_the_last_few_are_kept_and_a_torn_one_falls_back(tmp_path, capsys):
     for epoch in range(6, 10):
         folder.write(State({}, {"epoch": epoch}))
     assert folder.numbers() == [7, 8, 9]
-    assert folder.newest().place == {"epoch": 9}
+    assert folder.newest().position == {"epoch": 9}
     folder.remove()
     assert sorted(path.name for path in folder.path.iterdir()) == ["00000004.damaged", "00000005.damaged"]
 
@@ -196,7 +196,7 @@ def test_the_checkpoints_of_other_versions_are_passed_over_and_kept(tmp_path, ca
     folder.write(State({}, {"epoch": 1}))
     folder.write(State({}, {"epoch": 2}))
     assert folder.numbers() == [7]
-    assert folder.newest().place == {"epoch": 2}
+    assert folder.newest().position == {"epoch": 2}
     assert "(format 3, this one reads 2)" in capsys.readouterr().out
     folder.remove()
     assert sorted(folder.path.iterdir()) == [old, new]
@@ -234,7 +234,7 @@ def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path, monkeypatc
         folder.write(State({}, {"epoch": 1}))
     monkeypatch.undo()
     assert [path.name for path in folder.path.iterdir()] == ["00000001.v2.safetensors"]
-    assert folder.newest().place == {"epoch": 0}
+    assert folder.newest().position == {"epoch": 0}
 
 
 def test_a_run_folder_that_has_vanished_is_not_made_again(tmp_path):

@@ -199,4 +199,4 @@ def test_workers_with_other_data_are_refused(tmp_path):
 def test_a_run_counts_its_seconds_over_all_starts(tmp_path):
     run = run_folder.Run(digits.CONFIG, tmp_path, engines.ONE_DEVICE, Channel(), Stop(), None, before=100.0)
     assert 100 <= run.seconds < 101
-    assert run.place("history", 1, 2)["seconds"] >= 100
+    assert run.position("history", 1, 2)["seconds"] >= 100

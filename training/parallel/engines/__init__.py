@@ -57,7 +57,7 @@ class Engine:
     def install(self, model: keras.Model, loss_mean: keras.metrics.Metric, accuracy_mean: keras.metrics.Metric) -> None:
         """Makes `fit` of a compiled model, with these means, train over all devices on each process's own rows."""
 
-    def seed_step(self, place: tuple[int, ...]) -> None:
+    def seed_step(self, position: tuple[int, ...]) -> None:
         """Makes what the step at this place draws depend on nothing else, as far as it comes from global generators."""
 
     def spread_seeds(self, seeds: list[keras.Variable], direction: int) -> None:

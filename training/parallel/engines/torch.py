@@ -16,9 +16,9 @@ from . import Engine
 class OneDevice(Engine):
     """One process, with one device."""
 
-    def seed_step(self, place):
+    def seed_step(self, position):
         # Dropout layers without a seed draw from PyTorch's own generator.
-        (seed,) = np.random.SeedSequence((*place, self.number)).generate_state(1)
+        (seed,) = np.random.SeedSequence((*position, self.number)).generate_state(1)
         torch.manual_seed(int(seed))
 
 

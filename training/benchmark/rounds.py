@@ -1,4 +1,4 @@
-"""The processes of the benchmark's contenders, and whose turn it is."""
+"""The processes of the benchmark's contenders, measured in interleaved rounds."""
 
 import contextlib
 import functools
@@ -76,11 +76,11 @@ class Contender:
         """Waits until the process is ready.
 
         Raises:
-            ContenderError: where it ended, or took longer than the limit; so does `turn`.
+            ContenderError: where it ended, or took longer than the limit; so does `measure`.
         """
         self.facts = self._read()
 
-    def turn(self, seconds: float) -> None:
+    def measure(self, seconds: float) -> None:
         """Runs for so many seconds and keeps the median of a step."""
         with contextlib.suppress(BrokenPipeError):  # `_read` says why it ended.
             self.asked.write(f"{seconds}\n".encode())
@@ -91,7 +91,7 @@ class Contender:
 
     @property
     def seconds(self) -> float:
-        """Of a step, in the median turn."""
+        """Of a step, in the median round."""
         return statistics.median(self.medians)
 
     def stop(self) -> None:
@@ -126,7 +126,7 @@ class Contender:
         while b"\n" not in self._answers:
             left = None if end is None else max(0.0, end - time.monotonic())
             if not select.select([pipe], [], [], left)[0]:
-                raise LimitExceeded(f"turn {len(self.medians) + 1}" if self.facts else "the start")
+                raise LimitExceeded(f"round {len(self.medians) + 1}" if self.facts else "the start")
             found = os.read(pipe, 2**16)
             if not found:
                 return b""
@@ -136,7 +136,7 @@ class Contender:
 
 
 class Bench:
-    """Lets contenders take turns.
+    """Measures contenders in interleaved rounds.
 
     Those that fail, take longer than their limit or are missing are said to, and the others go on.
     """
@@ -146,16 +146,16 @@ class Bench:
         self.exceeded: dict[Spec, str] = {}
         self.missing: dict[str, str] = {}
 
-    def take_turns(
+    def run_rounds(
         self, specs: list[Spec], rounds: int, seconds: float, keep: Callable[[list[Contender]], None] | None = None
     ) -> list[Contender]:
-        """Starts the contenders one after the other, then gives each its turn, `rounds` times (A B A B).
+        """Starts the contenders one after the other, then measures each in every round (A B A B).
 
         Args:
             specs: of the contenders.
-            rounds: turns of each.
-            seconds: length of a turn.
-            keep: called after each start and turn, with those that are still running.
+            rounds: how often each is measured.
+            seconds: of each in a round.
+            keep: called after each start and measurement, with those that are still running.
 
         Returns:
             Those that got through; their processes have ended.
@@ -178,7 +178,7 @@ class Bench:
                 let(contender, contender.start)
             for _ in range(rounds):
                 for contender in list(running):
-                    let(contender, functools.partial(contender.turn, seconds))
+                    let(contender, functools.partial(contender.measure, seconds))
             return running
 
     def _goes_on(self, contender: Contender, action: Callable[[], None]) -> bool:

@@ -106,8 +106,8 @@ class Config:
     pad: CountOr0 = 0
     """Zeros around a training image, of which a random window is cut out; 0 does not."""
     crop_area: MaybePart = None
-    """Smallest fraction of a photograph that a random crop covers (Inception's is 0.08); by default the centre crop of the
-    evaluation."""
+    """Smallest fraction of a photograph that a random crop covers (Inception's is 0.08); by default the centre crop of
+    the evaluation."""
     flip: bool = False
     """Whether half of the training images are mirrored."""
     trivial_augment: bool = False

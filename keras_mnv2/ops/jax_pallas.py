@@ -102,7 +102,7 @@ def _met_by_output(position: jax.Array, tap: int, before: int, geometry: Any) ->
 
 
 def _met_by_image(position: jax.Array, tap: int, before: int, geometry: Any) -> tuple[jax.Array, jax.Array]:
-    """On one side, the position in the output at which a tap meets a position of the image, and whether there is one."""
+    """On one side, the position in the output at which a tap meets one of the image, and whether there is one."""
     shifted = position + (before - tap * geometry.dilation)
     return lax.div(shifted, jnp.int32(geometry.stride)), lax.rem(shifted, jnp.int32(geometry.stride)) == 0
 

@@ -87,8 +87,8 @@ class Options:
     seconds: Amount = 3.0
     """Of each measurement; at least three calls are made."""
     limit: MaybePositive = None
-    """Seconds that a contender's start (import, build, compilation, first calls), and each of its measurements, may take. One
-    that takes longer is ended and said to; it does not count as failed, so the status stays 0."""
+    """Seconds that a contender's start (import, build, compilation, first calls), and each of its measurements, may take.
+    One that takes longer is ended and said to; it does not count as failed, so the status stays 0."""
     out: Path = field(default_factory=lambda: Path("runs") / f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}")
     """Folder for results.json, which is written after each measurement, chart.png and growth.png."""
 
@@ -279,7 +279,7 @@ def measure_growth(options: Options, bench: Bench, folder: str, keep: Keep = for
 
 
 def measure_exports(options: Options, bench: Bench, folder: str, keep: Keep = forget) -> list[dict]:
-    """Exports a model to every format on each backend, and measures each file beside the model, in interleaved rounds."""
+    """Exports a model to every format on each backend, and measures each file in rounds with the model."""
     rows: list[dict] = []
     for backend in options.backends:
         asked = {"alpha": options.alpha, "size": options.side("exports"), "folder": f"{folder}/{backend}"}
@@ -313,7 +313,7 @@ def cost(options: Options, mode: str) -> int:
 
 
 def run(options: Options) -> bool:
-    """Measures one mode after the other, and keeps the results after each measurement; False where a contender failed."""
+    """Measures one mode after the other, and keeps the results as they come; False where a contender failed."""
     bench = Bench()
     results = Results(options, bench)
     options.out.mkdir(parents=True, exist_ok=True)

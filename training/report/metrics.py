@@ -9,7 +9,7 @@ import keras_mnv2
 
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Fraction of the images whose label is among the `k` largest scores; of equal scores the first class is the larger.
+    """Fraction of images whose label is among the `k` largest scores; of equal scores the first class is the larger.
 
     Args:
         scores: (images, classes).
@@ -84,8 +84,8 @@ def most_confused(matrix: np.ndarray, class_names: Sequence[str], number: int) -
 def calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3), 0 to 1.
 
-    The sum over the bins of their fraction of the images times |accuracy - mean confidence|. Confidence is the largest of
-    `keras_mnv2.probabilities`; bin m of M holds those in ((m - 1) / M, m / M].
+    The sum over the bins of their fraction of the images times |accuracy - mean confidence|. Confidence is the largest
+    of `keras_mnv2.probabilities`; bin m of M holds those in ((m - 1) / M, m / M].
 
     Args:
         scores: (images, classes).

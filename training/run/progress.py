@@ -48,7 +48,7 @@ class Progress:
         """Shows the end of an epoch with these logs, and gives what it cost.
 
         Returns:
-            `images_per_second`; `waiting`, the fraction of the training's seconds in which it waited for its next batch;
+            `images_per_second`; `waiting`, the fraction of the training's seconds in which it waited for a batch;
             `learning_rate`; and `seconds`, validation included.
         """
         waited = self.batches.waited - self.waited

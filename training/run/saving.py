@@ -84,7 +84,7 @@ class Saver:
         self._written, self._written_at = state, time.monotonic()
         self.history = position["history"]
         if self.stopping is not None:
-            for name, value in place["stopping"].items():
+            for name, value in position["stopping"].items():
                 setattr(self.stopping, name, value)
             self.stopping.best_weights = state.group("best") or None
         epoch, step = position["epoch"], position["step"]

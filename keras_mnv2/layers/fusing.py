@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import keras
@@ -19,6 +20,7 @@ from keras_mnv2.norms import is_plain_batch_norm
 from keras_mnv2.ops.padding import Padding
 
 
+@dataclass(eq=False, slots=True)
 class Unit:
     """A convolution with the padding before it, and the normalisation and activation behind it.
 
@@ -35,43 +37,20 @@ class Unit:
         tensors: of the variables, as `ops.train_block` keeps them.
     """
 
-    __slots__ = (
-        "activation",
-        "conv",
-        "data_format",
-        "depthwise",
-        "dilation",
-        "filters",
-        "norm",
-        "padding",
-        "plain_norm",
-        "stride",
-        "tensors",
-    )
+    conv: Any
+    norm: Any
+    activation: "Activation | None"
+    depthwise: bool
+    stride: int
+    padding: Padding
+    dilation: int
+    data_format: str
+    filters: int
+    tensors: Any = field(default=None, init=False)
+    plain_norm: bool = field(init=False)
 
-    def __init__(
-        self,
-        conv: Any,
-        norm: Any,
-        activation: "Activation | None",
-        depthwise: bool,
-        stride: int,
-        padding: Padding,
-        dilation: int,
-        data_format: str,
-        filters: int,
-    ) -> None:
-        self.conv = conv
-        self.norm = norm
-        self.activation = activation
-        self.depthwise = depthwise
-        self.stride = stride
-        self.padding = padding
-        self.dilation = dilation
-        self.data_format = data_format
-        self.filters = filters
-        self.tensors: Any = None
-        self.plain_norm = norm is not None and is_plain_batch_norm(norm, data_format)
+    def __post_init__(self) -> None:
+        self.plain_norm = self.norm is not None and is_plain_batch_norm(self.norm, self.data_format)
 
     def __call__(self, x: Tensor, training: bool | None = None, own: bool = False) -> Tensor:
         """Computes it; in inference the batch norm is folded into the kernel (Jacob et al. 2018, section 3.2).

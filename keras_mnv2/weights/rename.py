@@ -131,6 +131,10 @@ def _own(kind: str, blocks: Sequence[Block], number: int, part: int) -> tuple[st
     return base, f"{base}/norm"
 
 
+# What their own models compute besides: padding, epsilon, momentum, mean and std.
+_PYTORCH = ("symmetric", 1e-5, 0.9, IMAGENET_MEAN, IMAGENET_STD)
+_KERAS = ("same", 1e-3, 0.999, HALF, HALF)
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -141,11 +145,7 @@ LAYOUTS = {
             _torchvision,
             r"features\.(\d+)\.conv\.",
             ("classifier.1",),
-            "symmetric",
-            1e-5,
-            0.9,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
+            *_PYTORCH,
         ),
         # The PyTorch port of tonylins, which many later projects copied: each block is one flat Sequential.
         Layout(
@@ -155,11 +155,7 @@ LAYOUTS = {
             _sequential,
             r"features\.(\d+)\.conv\.",
             ("classifier", "classifier.1"),
-            "symmetric",
-            1e-5,
-            0.9,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
+            *_PYTORCH,
         ),
         Layout(
             "timm",
@@ -168,11 +164,7 @@ LAYOUTS = {
             _timm,
             r"blocks\.(\d+)\.(\d+)\.",
             ("classifier",),
-            "symmetric",
-            1e-5,
-            0.9,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
+            *_PYTORCH,
         ),
         Layout(
             "transformers",
@@ -198,11 +190,7 @@ LAYOUTS = {
             _keras_2018,
             r"mobl(\d+)_conv_",
             ("Logits", "predictions"),
-            "same",
-            1e-3,
-            0.999,
-            HALF,
-            HALF,
+            *_KERAS,
         ),
         Layout(
             "keras",
@@ -211,11 +199,7 @@ LAYOUTS = {
             _keras,
             r"block_(\d+)_",
             ("predictions", "Logits"),
-            "same",
-            1e-3,
-            0.999,
-            HALF,
-            HALF,
+            *_KERAS,
         ),
         Layout(
             "keras_mnv2",

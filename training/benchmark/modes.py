@@ -87,7 +87,7 @@ class Options:
     seconds: Amount = 3.0
     """Of each measurement; at least three calls are made."""
     limit: MaybePositive = None
-    """Seconds that a contender's start (import, build, compilation, first calls), and each of its measurements, may take.
+    """Seconds that a contender's start (import, build, compilation, first calls), and each measurement, may take.
     One that takes longer is ended and said to; it does not count as failed, so the status stays 0."""
     out: Path = field(default_factory=lambda: Path("runs") / f"benchmark-{time.strftime('%Y%m%d-%H%M%S')}")
     """Folder for results.json, which is written after each measurement, chart.png and growth.png."""
@@ -323,15 +323,8 @@ def run(options: Options) -> bool:
         for mode in options.mode:
             results.keep(mode, [])
             asked = (options, bench, folder, functools.partial(results.keep, mode))
-            peak = None
-            if mode == "growth":
-                rows = measure_growth(*asked)
-            elif mode == "build":
-                rows = measure_build(*asked)
-            elif mode == "exports":
-                rows = measure_exports(*asked)
-            else:
-                rows, peak = measure(mode, *asked)
+            own = {"growth": measure_growth, "build": measure_build, "exports": measure_exports}.get(mode)
+            rows, peak = measure(mode, *asked) if own is None else (own(*asked), None)
             if peak:
                 results.content["peak_flops"][mode] = flops(peak)
             results.keep(mode, rows)

@@ -98,13 +98,13 @@ def _size(path):
         return None
 
 
+@dataclass(eq=False)
 class RecordSplit(Split):
     """Records of a TFDS data source, whose images are still encoded."""
 
-    def __init__(self, source: Any, image: str, label: str):
-        self.source = source
-        self.image = image
-        self.label = label
+    source: Any
+    image: str
+    label: str
 
     def __len__(self):
         return len(self.source)
@@ -125,12 +125,12 @@ class RecordSplit(Split):
         return np.array([int(self.source[i][self.label]) for i in range(len(self))])
 
 
+@dataclass(eq=False)
 class Subset(Split):
     """Some images of another split."""
 
-    def __init__(self, split: Split, indices: np.ndarray):
-        self.split = split
-        self.indices = indices
+    split: Split
+    indices: np.ndarray
 
     def __len__(self):
         return len(self.indices)

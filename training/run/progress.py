@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import keras
 
@@ -9,6 +10,7 @@ from ..data.batches import Batches
 from ..report.summary import duration
 
 
+@dataclass(eq=False)
 class Progress:
     """Keras's progress bar with images/s, and what each epoch cost.
 
@@ -19,15 +21,10 @@ class Progress:
         steps: of an epoch.
     """
 
-    def __init__(self, batches: Batches, model: keras.Model, epochs: int, steps: int):
-        self.batches = batches
-        self.model = model
-        self.epochs = epochs
-        self.steps = steps
-        self.epoch = self.first = 0
-        self.start = self.seconds = 0.0
-        self.waited = 0.0
-        self.bar = keras.utils.Progbar(steps)
+    batches: Batches
+    model: keras.Model
+    epochs: int
+    steps: int
 
     def begin(self, epoch: int, first: int) -> None:
         """An epoch, of which `first` steps are done."""

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import keras
 import numpy as np
@@ -27,6 +28,7 @@ class Diverged(ValueError):
         self.state = state
 
 
+@dataclass(eq=False)
 class Saver:
     """Takes the state after a step, writes it when it is due, and puts it back.
 
@@ -43,36 +45,25 @@ class Saver:
         beside: the weights of an earlier phase that checkpoints shall hold, too.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        config: Config,
-        phase: str,
-        steps: int,
-        model: keras.Model,
-        means: Sequence[keras.Metric],
-        stopping: keras.callbacks.EarlyStopping | None,
-        beside: Sequence[np.ndarray],
-    ):
-        self.run = run
-        self.config = config
-        self.phase = phase
-        self.steps = steps
-        self.model = model
-        self.means = means
-        self.stopping = stopping
-        self.beside = beside
-        self.epoch = 0
-        self.history: dict[str, list[float]] = {}
-        """What each epoch's logs were, for the whole phase."""
-        self.logs: dict[str, float] = {}
-        """Of the last step of the epoch."""
-        self.trained: list[np.ndarray] = []
-        """The weights after that step, where an average takes their place."""
-        self._written: State | None = None
-        self._last_step: State | None = None
-        self._written_at = float("-inf")
-        self._found_means: list[np.ndarray] = []
+    run: Run
+    config: Config
+    phase: str
+    steps: int
+    model: keras.Model
+    means: Sequence[keras.Metric]
+    stopping: keras.callbacks.EarlyStopping | None
+    beside: Sequence[np.ndarray]
+    epoch: int = 0
+    history: dict[str, list[float]] = field(default_factory=dict)
+    """What each epoch's logs were, for the whole phase."""
+    logs: dict[str, float] = field(default_factory=dict)
+    """Of the last step of the epoch."""
+    trained: list[np.ndarray] = field(default_factory=list)
+    """The weights after that step, where an average takes their place."""
+    _written: State | None = None
+    _last_step: State | None = None
+    _written_at: float = float("-inf")
+    _found_means: list[np.ndarray] = field(default_factory=list)
 
     def restore(self) -> tuple[int, int]:
         """Puts back what the run goes on from, if it is of this phase, and gives the epoch and step (both done)."""

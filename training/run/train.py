@@ -179,18 +179,14 @@ def introduce(run: Run, inputs: Inputs, model: keras.Model) -> None:
 
 def check_packages(config: Config) -> None:
     """Raises an ImportError where a package is missing that the run needs later."""
-    needed = {
-        "saved_model": ("tensorflow",) if config.saved_model else (),
-        "tensorboard": ("tensorflow",) if config.tensorboard else (),
-        "quantize_epochs": ("tensorflow", "ai_edge_litert") if config.quantize_epochs else (),
-    }
-    extras = {"saved_model": "tensorflow", "tensorboard": "tensorflow", "quantize_epochs": "litert"}
-    for field, packages in needed.items():
-        if not installed(*packages):
-            raise ImportError(
-                f'{field} needs {" and ".join(packages)}: pip install "keras_mnv2[{extras[field]}]", '
-                f"or pass {'--quantize-epochs 0' if field == 'quantize_epochs' else f'--no-{field}'.replace('_', '-')}."
-            )
+    for field, packages, extra, without in (
+        ("saved_model", ("tensorflow",), "tensorflow", "--no-saved-model"),
+        ("tensorboard", ("tensorflow",), "tensorflow", "--no-tensorboard"),
+        ("quantize_epochs", ("tensorflow", "ai_edge_litert"), "litert", "--quantize-epochs 0"),
+    ):
+        if getattr(config, field) and not installed(*packages):
+            told = f'{field} needs {" and ".join(packages)}: pip install "keras_mnv2[{extra}]"'
+            raise ImportError(f"{told}, or pass {without}.")
 
 
 def installed(*packages: str) -> bool:

@@ -1,4 +1,7 @@
-"""What trains on several devices: an engine for each backend, chosen by what the launch has set in the environment."""
+"""What trains on several devices: an engine for each backend, chosen by what the launch has set in the environment.
+
+Each backend's module has the `start` and `own_cpu` of this one, and `OneDevice`.
+"""
 
 import contextlib
 import importlib

@@ -66,7 +66,6 @@ class JaxEngine(OneDevice):
 
 
 def start(devices, deterministic):
-    """See `engines.start`."""
     if deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
     if devices is not None:
@@ -80,6 +79,5 @@ def start(devices, deterministic):
 
 
 def own_cpu():
-    """See `engines.own_cpu`."""
     # Keras's "cpu" is the first of all processes'.
     return jax.default_device(jax.local_devices(backend="cpu")[0])

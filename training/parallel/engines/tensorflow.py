@@ -105,7 +105,6 @@ class TensorFlowEngine(OneDevice):
 
 
 def start(devices, deterministic):
-    """See `engines.start`."""
     if deterministic:
         tf.config.experimental.enable_op_determinism()
     config = json.loads(os.environ.get("TF_CONFIG") or "null")
@@ -126,5 +125,4 @@ def start(devices, deterministic):
 
 
 def own_cpu():
-    """See `engines.own_cpu`."""
     return keras.device("cpu")

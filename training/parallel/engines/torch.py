@@ -79,7 +79,6 @@ class ManyProcesses(OneDevice):
 
 
 def start(devices, deterministic):
-    """See `engines.start`."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -95,5 +94,4 @@ def start(devices, deterministic):
 
 
 def own_cpu():
-    """See `engines.own_cpu`."""
     return keras.device("cpu")

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from training import launch
+from training.__main__ import repeated
 
 
 def test_each_backend_finds_its_variables():
@@ -42,6 +43,21 @@ def test_a_bad_launch_is_one_sentence(words, message):
     done = subprocess.run([sys.executable, "-m", "training.launch", *words], capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_workers_know_the_command_of_the_launch(monkeypatch):
+    started = []
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda command, env, **_: started.append((command, env)))
+    monkeypatch.setattr(launch, "wait", lambda *_: 0)
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--processes", "2", "digits", "--epochs", "1"])
+    assert launch.main() == 0
+    assert [command[1:] for command, _ in started] == [["-m", "training", "digits", "--epochs", "1"]] * 2
+    for _, environment in started:
+        monkeypatch.setenv("KERAS_MNV2_LAUNCH", environment["KERAS_MNV2_LAUNCH"])
+        monkeypatch.delenv("KERAS_BACKEND", raising=False)
+        expected = "python -m training.launch --processes 2 digits --epochs 1"
+        assert repeated("digits", ["--epochs", "1"]) == expected
 
 
 def children(*codes):

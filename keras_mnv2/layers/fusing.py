@@ -15,6 +15,7 @@ import keras
 
 from keras_mnv2 import ops
 from keras_mnv2.annotations import Shape, Tensor
+from keras_mnv2.layers.resize import ResizeLike
 from keras_mnv2.norms import is_plain_batch_norm
 from keras_mnv2.ops.padding import Padding
 
@@ -523,8 +524,10 @@ class Part(keras.layers.Layer):
     cache: Cache
 
 
-# Layers of one tensor that a model of this package may have besides.
+# Layers that a model of this package may have besides.
 _SIMPLE = (
+    ResizeLike,
+    keras.layers.Concatenate,
     keras.layers.Rescaling,
     keras.layers.Normalization,
     keras.layers.Dropout,

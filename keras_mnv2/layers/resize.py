@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_mnv2 import ops
 from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.arguments import data_format_name
 
@@ -44,15 +45,13 @@ class ResizeLike(keras.layers.Layer):
     def call(self, inputs: list[Tensor]) -> Tensor:
         x, like = inputs
         axes = (1, 2) if self.data_format == "channels_last" else (2, 3)
-        # One after the other: a size that is not known yet is a tensor on TensorFlow.
-        sizes = keras.ops.shape(like)
-        size = tuple(sizes[axis] for axis in axes)
+        size = [keras.ops.shape(like)[axis] for axis in axes]
         if all(x.shape[axis] == 1 for axis in axes):
             shape = list(keras.ops.shape(x))
             for axis, side in zip(axes, size, strict=True):
                 shape[axis] = side
             return keras.ops.broadcast_to(x, shape)
-        return keras.ops.image.resize(x, size, interpolation="bilinear", data_format=self.data_format)
+        return ops.resize(x, size, self.data_format)
 
     def compute_output_shape(self, input_shape: Any) -> Shape:
         x, like = (list(shape) for shape in input_shape)

@@ -30,6 +30,7 @@ normalize = _module.normalize
 note = _module.note
 numbers = _module.numbers
 relu6 = _module.relu6
+resize = _module.resize
 run_later = _module.run_later
 runs_directly = _module.runs_directly
 settled = _module.settled

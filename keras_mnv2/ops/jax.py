@@ -35,6 +35,7 @@ moving_average = default.moving_average
 normalize = default.normalize
 numbers = default.numbers
 relu6 = default.relu6
+resize = default.resize
 run_later = default.run_later
 runs_directly = default.runs_directly
 train_block = default.train_block

@@ -26,6 +26,7 @@ CHUNK_BYTES = 20e6
 
 folds_noted = default.folds_noted
 note = default.note
+resize = default.resize
 
 # Blocks only: the whole network in chunks would call each layer again for each, at 5 ms a chunk.
 network_in_chunks = default.network_in_chunks

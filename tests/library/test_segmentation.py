@@ -137,34 +137,41 @@ def test_the_papers_numbers_of_parameters():
     assert (millions(), millions(aspp=True)) == (2.11, 4.52)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"aspp": True}, {"aspp": (2, 4, 6), "data_format": "channels_first"}])
-def test_it_trains_with_ignored_pixels_and_folds(arguments):
-    if arguments.get("data_format") and keras.backend.backend() == "tensorflow":
-        pytest.skip("TensorFlow trains channels-first networks on GPUs alone.")
+def test_it_trains_with_ignored_pixels():
     keras.utils.set_random_seed(0)
-    first = arguments.get("data_format") == "channels_first"
-    shape = (3, 33, 47) if first else (33, 47, 3)
-    model = keras_mnv2.DeepLabV3(shape, **SMALL, classifier_activation=None if not first else "softmax", **arguments)
-    rng = np.random.default_rng(0)
-    images = rng.uniform(-1, 1, (4, *shape)).astype("float32")
-    if first:
-        assert model.output_shape == (None, 3, 33, 47)
-        np.testing.assert_allclose(model.predict(images, verbose=0).sum(1), 1, atol=1e-5)
-        return
+    model = keras_mnv2.DeepLabV3((33, 47, 3), **SMALL, classifier_activation=None)
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 33, 47, 3)).astype("float32")
     masks = (images[..., 0] > 0).astype("uint8")
     masks[:, :4] = 255
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=255)
     model.compile(keras.optimizers.Adam(3e-3), loss)
     losses = model.fit(images, masks, batch_size=4, epochs=4, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("aspp", [False, (2, 4, 6)])
+def test_it_folds_and_runs_layer_by_layer(aspp):
+    model = keras_mnv2.DeepLabV3((33, 47, 3), **SMALL, aspp=aspp)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(-1, 1, (2, 33, 47, 3)).astype("float32")
     randomise(model, rng, images)
     expected = model.predict(images, verbose=0)
     folded = keras_mnv2.fold_batch_norm(model)
     assert not [layer for layer in folded.layers if isinstance(layer, keras.layers.BatchNormalization)]
     assert relative_difference(folded.predict(images, verbose=0), expected) < 1e-4
-    # Layer by layer, as scripts that look inside run it.
+    # As scripts that look inside run it.
     whole = keras.Model(model.inputs, model.outputs)
     assert relative_difference(whole.predict(images, verbose=0), expected) < 1e-4
+
+
+def test_channels_first():
+    first = keras_mnv2.DeepLabV3((3, 33, 47), **SMALL, data_format="channels_first")
+    last = keras_mnv2.DeepLabV3((33, 47, 3), **SMALL)
+    first.set_weights(last.get_weights())
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 33, 47, 3)).astype("float32")
+    found = first.predict(images.transpose(0, 3, 1, 2), verbose=0)
+    assert first.output_shape == (None, 3, 33, 47)
+    np.testing.assert_allclose(found.transpose(0, 2, 3, 1), last.predict(images, verbose=0), atol=1e-5)
 
 
 def test_any_size_at_once():

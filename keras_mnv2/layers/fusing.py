@@ -15,7 +15,6 @@ import keras
 
 from keras_mnv2 import ops
 from keras_mnv2.annotations import Shape, Tensor
-from keras_mnv2.layers.resize import ResizeLike
 from keras_mnv2.norms import is_plain_batch_norm
 from keras_mnv2.ops.padding import Padding
 
@@ -524,9 +523,13 @@ class Part(keras.layers.Layer):
     cache: Cache
 
 
+class Simple(keras.layers.Layer):
+    """A layer that a plan calls as it is."""
+
+
 # Layers that a model of this package may have besides.
 _SIMPLE = (
-    ResizeLike,
+    Simple,
     keras.layers.Concatenate,
     keras.layers.Rescaling,
     keras.layers.Normalization,

@@ -7,10 +7,11 @@ import keras
 from keras_mnv2 import ops
 from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.arguments import data_format_name
+from keras_mnv2.layers.fusing import Simple
 
 
 @keras.saving.register_keras_serializable("keras_mnv2")
-class ResizeLike(keras.layers.Layer):
+class ResizeLike(Simple):
     """Resizes images to the height and width of others, bilinearly, whatever these are.
 
     Corners are not aligned: pixels are areas, as in `torch.nn.functional.interpolate(align_corners=False)` and

@@ -22,18 +22,21 @@ from keras_mnv2.preprocessing import (
     resize_and_crop,
 )
 from keras_mnv2.quantize import quantize_aware
+from keras_mnv2.segmentation import DeepLabV3
 from keras_mnv2.stock import from_keras
 from keras_mnv2.weights.load import load_weights, save_weights
-from keras_mnv2.weights.table import Checkpoint, Preprocessing, list_weights
+from keras_mnv2.weights.table import Checkpoint, Preprocessing, SegmentationCheckpoint, list_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "Classifier",
     "CostProfile",
+    "DeepLabV3",
     "ExportReport",
     "MobileNetV2",
     "Preprocessing",
+    "SegmentationCheckpoint",
     "applications",
     "class_folders",
     "cost_profile",

@@ -235,6 +235,20 @@ def _unit(
     return make(keras.layers.Activation, activation, name=names.activation, dtype=dtype)(x)
 
 
+def unit(x: Tensor, name: str, filters: int, kernel_size: int = 1, dilation: int = 1, **common: Any) -> Tensor:
+    """A convolution of stride 1 with its normalisation and activation, as layers of one operation each.
+
+    Args:
+        x: Keras tensor, NHWC or NCHW.
+        name: of the convolution; that of its batch norm ends in `_BN`, that of its activation in `_relu`.
+        filters: output channels.
+        kernel_size: of both sides.
+        dilation: of both sides.
+        **common: as for `apply_rows`.
+    """
+    return _unit(x, Convolution("", filters, kernel_size, 1, dilation, False, True), _names(name, ""), **common)
+
+
 def classify(
     x: Tensor,
     classes: int,

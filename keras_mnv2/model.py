@@ -241,8 +241,10 @@ def _weights(
     """What to load, a published checkpoint or a file that was read, and the settings that come with it."""
     if weights is None:
         return None, {**DEFAULTS, **_not_none(given)}
-    checkpoint: Checkpoint | None
-    if isinstance(weights, str) and weights == "imagenet":
+    checkpoint: Checkpoint | None = None
+    if isinstance(weights, Source):
+        pass  # Read already, for a network around this one.
+    elif isinstance(weights, str) and weights == "imagenet":
         alpha = DEFAULTS["alpha"] if given["alpha"] is None else given["alpha"]
         checkpoint = imagenet_checkpoint(alpha, sides, include_top)
         if sides != (checkpoint.resolution,) * 2 and not (include_top and sides == (None, None)):

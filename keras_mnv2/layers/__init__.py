@@ -6,6 +6,7 @@ layer is `InvertedResidual` (`compact`), of three `ConvNormActivation`.
 
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
 from keras_mnv2.layers.parts import Add, BatchNormalization, Conv2D, DepthwiseConv2D, ReLU, ZeroPadding2D
+from keras_mnv2.layers.resize import ResizeLike
 
 __all__ = [
     "Add",
@@ -15,6 +16,7 @@ __all__ = [
     "DepthwiseConv2D",
     "InvertedResidual",
     "ReLU",
+    "ResizeLike",
     "ScaleShift",
     "ZeroPadding2D",
 ]

@@ -502,8 +502,14 @@ class Part(keras.layers.Layer):
     cache: Cache
 
 
-# Layers of one tensor that a model of this package may have besides.
+class Simple(keras.layers.Layer):
+    """A layer that a plan calls as it is."""
+
+
+# Layers that a model of this package may have besides.
 _SIMPLE = (
+    Simple,
+    keras.layers.Concatenate,
     keras.layers.Rescaling,
     keras.layers.Normalization,
     keras.layers.Dropout,

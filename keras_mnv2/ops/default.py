@@ -1,6 +1,6 @@
 """The operations written with `keras.ops`: right on every backend, and the reference for the fast ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -280,3 +280,14 @@ def fake_quantize(x: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     zero_point = ops.round(-minimum / scale)
     inside = ops.clip(x, (0 - zero_point) * scale, (255 - zero_point) * scale)
     return inside + ops.stop_gradient(ops.round(inside / scale) * scale - inside)
+
+
+def resize(x: Tensor, size: Sequence[Any], data_format: str) -> Tensor:
+    """Images of another size, bilinearly, without antialiasing and without aligned corners.
+
+    Args:
+        x: NHWC or NCHW.
+        size: height and width; on TensorFlow they may be tensors.
+        data_format: of `x`.
+    """
+    return ops.image.resize(x, tuple(size), interpolation="bilinear", data_format=data_format)

@@ -5,6 +5,7 @@ by itself on some processors alone. Dilations go through `keras.ops`. `jit_compi
 depthwise convolution is ten times slower there.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -88,6 +89,13 @@ def batch_normalization(
 def fake_quantize(x: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     """LiteRT's converter knows the operation."""
     return tf.quantization.fake_quant_with_min_max_vars(x, tf.stop_gradient(minimum), tf.stop_gradient(maximum))
+
+
+def resize(x: Tensor, size: Sequence[Any], data_format: str) -> Tensor:
+    """See `keras_mnv2.ops.default.resize`. Keras's own (3.15) refuses a size that is not known yet."""
+    if data_format == "channels_first":
+        return tf.transpose(resize(tf.transpose(x, (0, 2, 3, 1)), size, "channels_last"), (0, 3, 1, 2))
+    return tf.cast(tf.image.resize(x, size), x.dtype)
 
 
 def _padded(x: Tensor, kernel: Tensor, stride: int, padding: Padding) -> tuple[Tensor, str]:

@@ -16,13 +16,14 @@ from keras_mnv2.arguments import check_model
 from keras_mnv2.checks import check_choice, check_flag, check_path
 from keras_mnv2.files import folder_beside
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual
-from keras_mnv2.weights.rename import LAYOUTS, Block, file_names, from_keras, later_blocks, to_keras
+from keras_mnv2.weights.rename import LAYOUTS, Block, file_names, from_keras, head_names, later_blocks, to_keras
 from keras_mnv2.weights.source import Source, checkpoint_of, read_source
 
 # The layouts that `save_weights` writes.
 WRITTEN = ("torchvision", "timm", "transformers", "sequential", "keras")
 KEEP = "skip_classifier=True keeps the model's own"
-_CLASSIFIER = ("predictions/kernel", "predictions/bias")
+# Of a classifier and of a segmentation network.
+_CLASSIFIER = ("predictions/kernel", "predictions/bias", "logits/kernel", "logits/bias")
 # The layers of stem and head in a model of one layer each operation.
 _ENDS = {
     "Conv1": "stem",
@@ -86,13 +87,16 @@ def load_source(model: keras.Model, source: Source, skip_classifier: bool = Fals
     blocks = _blocks(model)
     later = [] if "head/kernel" in variables else later_blocks(source.layout, source.arrays, len(blocks))
     names = file_names(source.layout, [*blocks, *later], True, True, source.arrays)
+    told = f"The file {str(source.path)!r} ({source.layout.name} layout) does not fit the model"
+    names |= head_names(source.layout, source.arrays)
+    if strange := sorted(variables.keys() - names.keys()):
+        raise ValueError(f"{told}: it has no {_some(strange)}.")
 
     wanted = {name: names[name] for name in variables if not (skip_classifier and name in _CLASSIFIER)}
     unknown = sorted(source.arrays.keys() - {array.key for array in names.values()})
     missing = sorted(a.key for a in wanted.values() if a.key not in source.arrays)
-    told = f"The file {str(source.path)!r} ({source.layout.name} layout) does not fit the model"
     if missing:
-        no_top = set(missing) <= {names[name].key for name in _CLASSIFIER}
+        no_top = set(missing) <= {names[name].key for name in _CLASSIFIER if name in names}
         hint = f" (it has no classifier; {KEEP})" if no_top else ""
         raise ValueError(f"{told}: it lacks {_some(missing)}{hint}.")
     if unknown:
@@ -166,6 +170,10 @@ def save_weights(model: keras.Model, path: PathLike, layout: str = "keras") -> N
             f"fold_batch_norm, got {model.name!r}."
         )
     names = file_names(LAYOUTS[layout], _blocks(model), "head/kernel" in variables, _CLASSIFIER[0] in variables)
+    if "logits/kernel" in variables:
+        names |= head_names(LAYOUTS[layout])
+    if left := sorted(variables.keys() - names.keys()):
+        raise ValueError(f"layout must have a place for all weights of the model, got {layout!r}: no {_some(left)}.")
     arrays = {}
     for name, array in names.items():
         if array.role == "counter" and name.replace("/counter", "/moving_mean") in variables:
@@ -202,6 +210,8 @@ def _own_name(layer_name: str) -> str:
     """This package's name of a layer of one operation, such as `block_1/expand/norm` of `block_1_expand_BN`."""
     if layer_name in _ENDS:
         return _ENDS[layer_name]
+    if (match := re.fullmatch(r"(image_pooling|aspp\d|projection)_BN", layer_name)) is not None:
+        return f"{match[1]}/norm"
     match = re.fullmatch(r"(expanded_conv|block_\d+)_(expand|depthwise|project)(_BN|_norm)?", layer_name)
     if match is None:
         return layer_name
@@ -229,10 +239,11 @@ def _blocks(model: keras.Model) -> list[Block]:
 def _known(variables: Mapping[str, Any]) -> bool:
     """Whether these are the variables of a network with batch norms, or with group norms, in each place."""
     kernels = [name.removesuffix("/kernel") for name in variables if name.endswith("/kernel")]
-    top = {"predictions/bias"} if "predictions" in kernels else set()
+    tops = {"predictions", "logits"} & set(kernels)
+    top = {f"{name}/bias" for name in tops}
     top |= {f"{name}/kernel" for name in kernels}
     for own in (("gamma", "beta", "moving_mean", "moving_variance"), ("gamma", "beta")):
-        norms = {f"{name}/norm/{v}" for name in kernels if name != "predictions" for v in own}
+        norms = {f"{name}/norm/{v}" for name in kernels if name not in tops for v in own}
         if top | norms == set(variables):
             return True
     return False

@@ -280,6 +280,50 @@ def file_names(
     return names
 
 
+# The layers of `DeepLabV3`'s head, and transformers' names of those that it has (`MobileNetV2DeepLabV3Plus`).
+_HEAD = {
+    "image_pooling": "segmentation_head.conv_pool",
+    "aspp0": "segmentation_head.conv_aspp",
+    "aspp1": None,
+    "aspp2": None,
+    "aspp3": None,
+    "projection": "segmentation_head.conv_projection",
+    "logits": "segmentation_head.classifier",
+}
+# What only files with such a head have, by the layout; our files have Keras's names.
+_HEAD_MARKS = {
+    "transformers": ("segmentation_head.classifier.convolution.weight",),
+    "keras": ("image_pooling/kernel", "projection/kernel", "logits/kernel"),
+}
+
+
+def head_names(layout: Layout, keys: Collection[str] | None = None) -> dict[str, Array]:
+    """The arrays of a segmentation head in a layout, by this package's names of the variables.
+
+    Args:
+        layout: of `LAYOUTS`.
+        keys: of the file to be read; where it has no such head there are none. None to write one.
+    """
+    marks = _HEAD_MARKS.get(layout.name)
+    if marks is None or (keys is not None and not all(mark in keys for mark in marks)):
+        return {}
+    names = {}
+    for ours, theirs in _HEAD.items():
+        if layout.torch and theirs is None:
+            continue
+        conv = f"{theirs}.convolution." if layout.torch else f"{ours}/"
+        norm = f"{theirs}.normalization." if layout.torch else f"{ours}_BN/"
+        names[f"{ours}/kernel"] = Array(conv + ("weight" if layout.torch else "kernel"), "conv")
+        if ours == "logits":
+            names["logits/bias"] = Array(conv + "bias", "vector")
+            continue
+        for variable, key in _NORM.items():
+            names[f"{ours}/norm/{variable}"] = Array(norm + (key if layout.torch else variable), "vector")
+        if layout.torch:
+            names[f"{ours}/norm/counter"] = Array(norm + "num_batches_tracked", "counter")
+    return names
+
+
 def later_blocks(layout: Layout, keys: Collection[str], first: int) -> list[Block]:
     """The blocks of a file from number `first` on, for a network that ends before them."""
     found = {tuple(map(int, match.groups())) for key in keys if (match := re.match(layout.block, key))}

@@ -11,8 +11,8 @@ import numpy as np
 from keras_mnv2.annotations import PathLike
 from keras_mnv2.weights.fetch import fetch
 from keras_mnv2.weights.read import read_arrays
-from keras_mnv2.weights.rename import LAYOUTS, Layout, file_names, find_networks, later_blocks
-from keras_mnv2.weights.table import CHECKPOINTS, Checkpoint, find_checkpoint
+from keras_mnv2.weights.rename import LAYOUTS, Layout, file_names, find_networks, head_names, later_blocks
+from keras_mnv2.weights.table import CHECKPOINTS, Checkpoint, SegmentationCheckpoint, find_checkpoint
 
 HUB = "https://huggingface.co/"
 # What says nothing of a network: the keys that training scripts have for it, and what PyTorch's wrappers add.
@@ -49,7 +49,9 @@ def checkpoint_of(weights: PathLike) -> Checkpoint | None:
     return None if isinstance(text, str) and Path(text).is_file() else find_checkpoint(text)
 
 
-def read_source(weights: PathLike | Checkpoint | Source, averaged: bool | None = None) -> Source:
+def read_source(
+    weights: PathLike | Checkpoint | SegmentationCheckpoint | Source, averaged: bool | None = None
+) -> Source:
     """Fetches and reads a checkpoint: a record of the table, an hf:// address, a path, or one that was read.
 
     Where the file holds more than one network, a line says which is taken; another, where the network is a part of
@@ -69,7 +71,7 @@ def read_source(weights: PathLike | Checkpoint | Source, averaged: bool | None =
         raise ValueError(f"averaged must be None, True or False, got {averaged!r}.")
     if isinstance(weights, Source):
         return weights
-    if isinstance(weights, Checkpoint):
+    if isinstance(weights, Checkpoint | SegmentationCheckpoint):
         path = fetch(weights.url, weights.file_name, weights.sha256)
     elif os.fspath(weights).startswith("hf://"):
         path = _fetch_from_hub(os.fspath(weights))
@@ -98,6 +100,12 @@ def classes_of(source: Source) -> int:
     """The width of a file's classifier, or 0 where it has none."""
     key = file_names(source.layout, [], False, True, source.arrays)["predictions/bias"].key
     return source.arrays[key].size if key in source.arrays else 0
+
+
+def segmentation_classes_of(source: Source) -> int:
+    """The classes of a file's segmentation head, or 0 where it has none."""
+    names = head_names(source.layout, source.arrays)
+    return source.arrays[names["logits/bias"].key].size if names else 0
 
 
 def check_channels(source: Source | Checkpoint, channels: int) -> None:
@@ -154,7 +162,7 @@ def _quoted(prefixes: Sequence[str]) -> str:
 
 def _own(layout: Layout, keys: Collection[str]) -> set[str]:
     """Those of the keys whose layer is one of the network's own."""
-    names = file_names(layout, later_blocks(layout, keys, 0), True, True, keys)
+    names = file_names(layout, later_blocks(layout, keys, 0), True, True, keys) | head_names(layout, keys)
     units = {_unit(array.key) for array in names.values()}
     return {key for key in keys if _unit(key) in units or re.match(layout.block, key)}
 

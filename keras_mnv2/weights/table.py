@@ -5,7 +5,7 @@ import fnmatch
 import math
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal, overload
 
 from keras_mnv2.checks import check_choice, check_flag, check_positive, check_whole
 
@@ -115,6 +115,43 @@ class Checkpoint:
         """The file's name in Keras's cache; Keras's own files have the name that Keras gives them."""
         last = PurePosixPath(self.url).name
         return last if self.library in ("keras", "torchvision") else f"{self.name.replace('/', '--')}--{last}"
+
+
+@dataclass(frozen=True)
+class SegmentationCheckpoint:
+    """A published file of a segmentation network: `DeepLabV3(weights=checkpoint.name)` loads it.
+
+    Padding, epsilon and the names of its arrays are those of its layout, its width what the shapes say.
+
+    Attributes:
+        name: what `weights` takes.
+        url: where the file is published.
+        sha256: of the file, or None where none is published.
+        alpha: width multiplier.
+        resolution: pixels of each side of the images that it was trained on.
+        output_stride: as in `DeepLabV3`.
+        labels: of the classes, in order.
+        preprocessing: of the evaluation.
+    """
+
+    name: str
+    url: str
+    sha256: str | None
+    alpha: float
+    resolution: int
+    output_stride: int
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+
+    @property
+    def classes(self) -> int:
+        """Of a pixel."""
+        return len(self.labels)
+
+    @property
+    def file_name(self) -> str:
+        """The file's name in Keras's cache."""
+        return f"{self.name.replace('/', '--')}--{PurePosixPath(self.url).name}"
 
 
 # Top-1 and top-5 accuracy by width and resolution, from the table of the checkpoints in tensorflow/models
@@ -263,14 +300,68 @@ CHECKPOINTS = (
 )
 
 
+# The classes of Pascal VOC 2012, in the order of its masks.
+VOC = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+_VOC_513 = "google/deeplabv3_mobilenet_v2_1.0_513"
+# The repository's config.json and preprocessor_config.json: output stride 8, shorter side 545, crop 513.
+SEGMENTATION_CHECKPOINTS = (
+    SegmentationCheckpoint(
+        name=f"transformers/{_VOC_513}",
+        url=f"https://huggingface.co/{_VOC_513}/resolve/main/pytorch_model.bin",
+        sha256=None,
+        alpha=1.0,
+        resolution=513,
+        output_stride=8,
+        labels=VOC,
+        preprocessing=Preprocessing(545, 513),
+    ),
+)
+
+
+def segmentation_checkpoint(weights: object) -> SegmentationCheckpoint | None:
+    """The published segmentation network of that name or `hf://` address, or None."""
+    for checkpoint in SEGMENTATION_CHECKPOINTS:
+        repository = checkpoint.url.partition("/resolve/")[0].removeprefix("https://huggingface.co/")
+        if isinstance(weights, str) and weights in (checkpoint.name, f"hf://{repository}"):
+            return checkpoint
+    return None
+
+
+@overload
 def list_weights(
     pattern: str = "*",
     library: str | None = None,
     alpha: float | None = None,
     resolution: int | None = None,
     include_top: bool | None = None,
-) -> list[Checkpoint]:
-    """The published checkpoints that `MobileNetV2(weights=...)` knows.
+    task: Literal["classification"] = "classification",
+) -> list[Checkpoint]: ...
+
+
+@overload
+def list_weights(
+    pattern: str = "*",
+    library: str | None = None,
+    alpha: float | None = None,
+    resolution: int | None = None,
+    include_top: bool | None = None,
+    *,
+    task: Literal["segmentation"],
+) -> list[SegmentationCheckpoint]: ...
+
+
+def list_weights(
+    pattern: str = "*",
+    library: str | None = None,
+    alpha: float | None = None,
+    resolution: int | None = None,
+    include_top: bool | None = None,
+    task: str = "classification",
+) -> list[Checkpoint] | list[SegmentationCheckpoint]:
+    """The published checkpoints that `MobileNetV2(weights=...)` and `DeepLabV3(weights=...)` know.
 
     Args:
         pattern: of the name, with `*` and `?` as in file names.
@@ -278,6 +369,7 @@ def list_weights(
         alpha: width multiplier.
         resolution: pixels of each side.
         include_top: whether the file has a classifier.
+        task: `"classification"`, or `"segmentation"` for those of `DeepLabV3`, which all have their top.
 
     Returns:
         A list of frozen records; `name` is what `weights` takes.
@@ -296,6 +388,16 @@ def list_weights(
     alpha = None if alpha is None else check_positive("alpha", alpha)
     resolution = None if resolution is None else check_whole("resolution", resolution)
     include_top = None if include_top is None else check_flag("include_top", include_top)
+    if check_choice("task", task, ("classification", "segmentation")) == "segmentation":
+        return [
+            checkpoint
+            for checkpoint in SEGMENTATION_CHECKPOINTS
+            if fnmatch.fnmatchcase(checkpoint.name, pattern)
+            and library in (None, "transformers")
+            and alpha in (None, checkpoint.alpha)
+            and resolution in (None, checkpoint.resolution)
+            and include_top is not False
+        ]
     return [
         checkpoint
         for checkpoint in CHECKPOINTS

@@ -128,7 +128,16 @@ def tried(consumer: Consumer, out: Path, unwritten: dict[str, str]) -> list[list
 
 def install(consumer: Consumer, folder: Path) -> None:
     if consumer.npm:
-        command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", str(folder), *consumer.npm]
+        command = [
+            "npm",
+            "install",
+            "--ignore-scripts",
+            "--no-audit",
+            "--no-fund",
+            "--prefix",
+            str(folder),
+            *consumer.npm,
+        ]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_SECONDS)
         shutil.copy(HERE / "runner.mjs", folder)
         return

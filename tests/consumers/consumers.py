@@ -76,7 +76,7 @@ CONSUMERS = (
         "onnx2torch",
         ("onnx2torch==1.5.15", "torch", "torchvision"),
         large=True,
-    ),  # fmt: skip
+    ),
     Consumer(
         "onnx2tf",
         "1.29.24",
@@ -96,7 +96,7 @@ CONSUMERS = (
             "flatbuffers",
         ),
         large=True,
-    ),  # fmt: skip
+    ),
     _opencv("4.12.0"),
     _opencv("5.0.0"),
     Consumer("tract", "0.23.9", ("ONNX", "ONNX, NCHW", "ONNX int8"), "tract", ("tract==0.23.9", "numpy")),
@@ -107,7 +107,7 @@ CONSUMERS = (
         ("ONNX, NCHW",),
         "ncnn",
         ("ncnn==1.0.20261020", "pnnx==20261020"),
-    ),  # fmt: skip
+    ),
     _openvino("2024.0.0"),
     _openvino("2026.4.1"),
     Consumer("tflite-runtime", "2.14.0", LITERT, "tflite_runtime", ("tflite-runtime==2.14.0", OLD_NUMPY)),
@@ -117,7 +117,7 @@ CONSUMERS = (
         ("LiteRT", "LiteRT int8"),
         "tflite_micro",
         ("tflite-micro==0.dev20261023182759",),
-    ),  # fmt: skip
+    ),
     Consumer("Vela (Ethos-U)", "5.2.0", ("LiteRT int8",), "vela", ("ethos-u-vela==5.2.0",)),
     Consumer("MediaPipe", "1.2.3", ("LiteRT", "LiteRT int8", "LiteRT uint8"), "mediapipe", ("mediapipe==1.2.3",)),
     Consumer("PyTorch", "2.14.1", (".pt2",), "pytorch", ("torch==2.14.1", "numpy"), large=True),

@@ -9,16 +9,9 @@ from typing import Any
 import keras
 
 from keras_mnv2.annotations import PathLike, Tensor
-from keras_mnv2.arguments import (
-    activation_function,
-    check_choice,
-    check_flag,
-    check_rate,
-    check_integer,
-    data_format_name,
-    dtype_policy,
-)
+from keras_mnv2.arguments import activation_function, data_format_name, dtype_policy
 from keras_mnv2.build import unit
+from keras_mnv2.checks import check_choice, check_flag, check_rate, check_whole
 from keras_mnv2.cost import MOST_PARAMETERS
 from keras_mnv2.initializers import Normal
 from keras_mnv2.layers.parts import Conv2D
@@ -112,7 +105,7 @@ def DeepLabV3(
     data_format = data_format_name(data_format)
     upsample = check_flag("upsample", upsample)
     dropout = check_rate("dropout", dropout)
-    head_channels = check_integer("head_channels", head_channels, most=MOST_PARAMETERS)
+    head_channels = check_whole("head_channels", head_channels, most=MOST_PARAMETERS)
     activation = activation_function("classifier_activation", classifier_activation)
     policy = dtype_policy(dtype)
     published = segmentation_checkpoint(weights)
@@ -129,7 +122,7 @@ def DeepLabV3(
             aspp = _branches(source) if aspp is None else aspp
     elif averaged is not None and weights_backbone is None:
         raise ValueError(f"averaged must be left out where there are no weights, got {averaged!r}.")
-    classes = check_integer("classes", (width or 21) if classes is None else classes, most=MOST_PARAMETERS)
+    classes = check_whole("classes", (width or 21) if classes is None else classes, most=MOST_PARAMETERS)
     if output_stride is None:
         output_stride = published.output_stride if published else 16
     output_stride = check_choice("output_stride", output_stride, OUTPUT_STRIDES)
@@ -199,7 +192,7 @@ def _rates(aspp: Any, output_stride: int) -> tuple[int, ...]:
         return ATROUS_RATES[output_stride] if aspp else ()
     if isinstance(aspp, str) or not isinstance(aspp, Sequence) or len(aspp) != 3:
         raise ValueError(f"aspp must be None, True, False or a sequence of three rates, got {aspp!r}.")
-    return tuple(check_integer("aspp: a rate", rate, most=2**16) for rate in aspp)
+    return tuple(check_whole("aspp: a rate", rate, most=2**16) for rate in aspp)
 
 
 def _branches(source: Source) -> bool:

@@ -214,3 +214,23 @@ def test_the_published_checkpoint():
     (record,) = keras_mnv2.list_weights(task="segmentation")
     assert (record.output_stride, record.classes, record.labels[15]) == (8, 21, "person")
     assert record.preprocessing == keras_mnv2.Preprocessing(545, 513)
+
+
+@pytest.mark.parametrize("side", [65, None])
+def test_it_leaves_as_a_file(tmp_path, side):
+    format, file = {
+        "tensorflow": ("litert", "model.tflite"),
+        "jax": ("tf_saved_model", "model"),
+        "torch": ("onnx", "model.onnx"),
+    }[keras.backend.backend()]
+    if side is None and format == "litert":
+        # LiteRT's runtime sets sizes anew only for the batch.
+        format, file = "tf_saved_model", "model"
+    model = keras_mnv2.DeepLabV3((side, side, 3), **SMALL, include_preprocessing=True)
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0, 255, (2, 65, 65, 3)).astype("float32")
+    randomise(model, rng, images)
+    # It is compared with the model in its own runtime.
+    keras_mnv2.export(model, tmp_path / file, format, sample=images, verbose=False)
+    found = keras_mnv2.load_export(tmp_path / file)(images)
+    assert {name: y.shape for name, y in found.items()} == {"mask": (2, 65, 65, 3)}

@@ -46,8 +46,8 @@ class State:
         return [array for key, array in sorted(self.arrays.items()) if key.startswith(f"{name}/")]
 
     def encode(self) -> bytes:
-        """As the bytes of a safetensors file, whose metadata hold the place, the format, and a hash of all the rest."""
-        metadata = {"format": str(FORMAT), "position": json.dumps(self.position), "blake2b": "0" * HASH_LENGTH}
+        """As the bytes of a safetensors file, whose metadata hold the position (as `place`), the format, and a hash of all the rest."""
+        metadata = {"format": str(FORMAT), "place": json.dumps(self.position), "blake2b": "0" * HASH_LENGTH}
         # Dense: safetensors writes what lies in memory from the first number on.
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}
         content = safetensors.numpy.save(arrays, metadata)
@@ -66,7 +66,7 @@ class State:
             raise ValueError("no whole checkpoint")
         try:
             metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-            written, position = metadata["format"], json.loads(metadata["position"])
+            written, position = metadata["format"], json.loads(metadata["place"])
             arrays = safetensors.numpy.load(content)
         except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ValueError("no whole checkpoint") from error

@@ -86,22 +86,22 @@ def hashed(header, data=b""):
     return bytes(before) + checkpoints._hash(before, after) + bytes(after)
 
 
-WHOLE = {"format": "2", "position": "{}"}
+WHOLE = {"format": "2", "place": "{}"}
 
 
 @pytest.mark.parametrize(
     "header",
     [
-        {"__metadata__": {"position": "{}"}},
+        {"__metadata__": {"place": "{}"}},
         {"__metadata__": {"format": "2"}},
-        {"__metadata__": {**WHOLE, "position": "{"}},
+        {"__metadata__": {**WHOLE, "place": "{"}},
         {"__metadata__": WHOLE, "weights/0000": {}},
         {"__metadata__": WHOLE, "weights/0000": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
         {"__metadata__": WHOLE, "weights/0000": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}},
         {"__metadata__": WHOLE, "weights/0000": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}},
         {"__metadata__": WHOLE, "weights/0000": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
     ],
-    ids=["format", "position", "no JSON", "nothing", "more", "much more", "another size", "unknown"],
+    ids=["format", "place", "no JSON", "nothing", "more", "much more", "another size", "unknown"],
 )
 def test_a_checkpoint_that_lacks_something_or_claims_more_than_it_holds_is_damaged(header):
     with pytest.raises(ValueError, match=r"^no whole checkpoint$"):
@@ -136,7 +136,7 @@ def test_any_tool_reads_a_checkpoint(tmp_path):
         np.testing.assert_array_equal(file.get_tensor("weights/0000"), small_checkpoint().arrays["weights/0000"])
         metadata = file.metadata()
     assert metadata["format"] == "2"
-    assert json.loads(metadata["position"]) == small_checkpoint().position
+    assert json.loads(metadata["place"]) == small_checkpoint().position
 
 
 def test_a_text_that_looks_like_the_hash_is_none():

@@ -15,15 +15,13 @@ from keras_mnv2.annotations import PathLike, Shape
 from keras_mnv2.arguments import check_choice, check_path, check_whole
 from keras_mnv2.formats.runtimes import load_with_shape
 from keras_mnv2.model import MobileNetV2
-from keras_mnv2.preprocessing import MOST_SIDE, preprocessing_of, scales_pixels
+from keras_mnv2.preprocessing import MOST_SIDE, SIDE, preprocessing_for, preprocessing_of, scales_pixels
 from keras_mnv2.weights.hdf5 import open_hdf5
 from keras_mnv2.weights.source import checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, imagenet_checkpoint
 
 EXPORTED = (".onnx", ".tflite", ".xml", ".pt2")
 SCALES = ("none", "keras")
-# Of a model that takes any size.
-SIDE = 224
 
 
 @dataclasses.dataclass(eq=False)
@@ -193,12 +191,6 @@ def load_classifier(
             raise ValueError(f"image_size must be {found.size}, as the model {name!r} takes it, got {image_size}.")
         found.preprocessing = preprocessing_for(image_size or found.size)
     return found if scale is None else dataclasses.replace(found, scale=scale == "keras")
-
-
-def preprocessing_for(size: int | None) -> Preprocessing:
-    """How photographs are resized and cropped for a model of unknown origin: Keras's way at `size` pixels a side."""
-    size = size or SIDE
-    return Preprocessing(int(size / 0.875), size)
 
 
 def load_model(path: str | os.PathLike) -> keras.Model:

@@ -17,6 +17,8 @@ from keras_mnv2.weights.table import HALF, Checkpoint, Preprocessing, find_check
 
 # Pixels of a side; JPEG files have no more.
 MOST_SIDE = 2**16
+# Of a model that takes any size.
+SIDE = 224
 Photograph = PathLike | BinaryIO | Image.Image | np.ndarray
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -113,6 +115,12 @@ def preprocessing_layer(
 def scales_pixels(model: keras.Model) -> bool:
     """Whether `model` was built with `include_preprocessing`, and takes pixels of 0..255."""
     return any(layer.name == "preprocess" for layer in model.layers)
+
+
+def preprocessing_for(size: int | None) -> Preprocessing:
+    """How photographs are resized and cropped for a model of unknown origin: Keras's way at `size` pixels a side."""
+    size = size or SIDE
+    return Preprocessing(int(size / 0.875), size)
 
 
 def preprocessing_of(weights: str | Checkpoint | Preprocessing | None) -> Preprocessing:

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 PAGE, MODEL = "index.html", "model.onnx"
-# onnxruntime-web: its version, the SHA-256 of the npm package, and the files of it that the page needs.
+# onnxruntime-web: its version, the SHA-256 of the npm package, and the files that the page needs, with their names
+# there: not every server knows that `.mjs` is JavaScript.
 VERSION = "1.30.0"
 SHA256 = "d2228df7e4616bc3348bf504ee888f3bec43789a273f0a63f3e68d203ce3bf71"
-RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+RUNTIME = {
+    "ort.wasm.min.mjs": "ort.js",
+    "ort-wasm-simd-threaded.mjs": "ort-wasm.js",
+    "ort-wasm-simd-threaded.wasm": "ort.wasm",
+}
 VARIABLE = "KERAS_MNV2_ONNXRUNTIME_WEB"
 # Seconds for npm to fetch 33 MB.
 LONGEST = 300
@@ -73,8 +78,8 @@ def write_page(
     """
     shutil.copytree(Path(__file__).parent / "page", folder)
     (folder / "runtime").mkdir()
-    for name in RUNTIME:
-        shutil.copy2(runtime / name, folder / "runtime" / name)
+    for name, given in RUNTIME.items():
+        shutil.copyfile(runtime / name, folder / "runtime" / given)
     channels_first = shape[1] == 3 and shape[-1] != 3
     size = shape[2 if channels_first else 1] or how.crop
     about = {

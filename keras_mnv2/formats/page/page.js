@@ -1,6 +1,6 @@
 // The page: a photograph or the camera in, the best classes out. All files come from the page's own folder.
 
-import * as ort from "./runtime/ort.wasm.min.mjs";
+import * as ort from "./runtime/ort.js";
 import { resizeAndCrop } from "./resize.js";
 
 const TOP = 5;
@@ -20,11 +20,12 @@ export const ready = start();
 
 async function start() {
   try {
-    ort.env.wasm.wasmPaths = new URL("runtime/", import.meta.url).href;
-    // Threads need a page that is isolated from others, which its server says.
-    ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency || 1) : 1;
-    const [told, model] = await Promise.all(["about.json", "model.onnx"].map(fetched));
+    const [told, model, runtime] = await Promise.all(["about.json", "model.onnx", "runtime/ort.wasm"].map(fetched));
     about = await told.json();
+    ort.env.wasm.wasmPaths = { mjs: new URL("runtime/ort-wasm.js", import.meta.url).href };
+    ort.env.wasm.wasmBinary = await runtime.arrayBuffer();
+    // More threads need headers that few servers send.
+    ort.env.wasm.numThreads = 1;
     session = await ort.InferenceSession.create(new Uint8Array(await model.arrayBuffer()));
   } catch (error) {
     tell(`The model could not be loaded: ${error.message}`, true);

@@ -69,8 +69,10 @@ def fold_scaling(content: bytes, reference: bytes | None = None) -> bytes:
     kernel = exact.kernel * exact.scale
     steps = np.abs(kernel).max(axis=(1, 2, 3)) / WEIGHT
     steps[steps == 0] = 1
-    bias = exact.bias + (exact.kernel * exact.shift).sum(axis=(1, 2, 3))
-    _set(model, graph.tensors[start.conv.inputs[1]], np.round(kernel / steps[:, None, None, None]), "int8", steps)
+    rounded = np.round(kernel / steps[:, None, None, None])
+    # With the rounded kernel: its error then counts from the pixel that is scaled to zero, not from black.
+    bias = exact.bias + (rounded * steps[:, None, None, None] * exact.shift / exact.scale).sum(axis=(1, 2, 3))
+    _set(model, graph.tensors[start.conv.inputs[1]], rounded, "int8", steps)
     _set(model, graph.tensors[start.conv.inputs[2]], np.round(bias / (step * steps)), "int32", step * steps)
 
     border = np.clip(np.round(zero - exact.shift / exact.scale / step), -128, 127)

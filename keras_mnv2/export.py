@@ -29,9 +29,8 @@ from keras_mnv2.formats.graphs import (
     write_exported_program,
     write_saved_model,
 )
-from keras_mnv2.formats.litert_file import fold_scaling
-from keras_mnv2.formats.litert_metadata import with_metadata
-from keras_mnv2.preprocessing import imagenet_labels, preprocessing_for, preprocessing_of, scales_pixels
+from keras_mnv2.formats.images import check_page, finish_litert, preprocessing_of_model, takes_pixels
+from keras_mnv2.preprocessing import imagenet_labels, scales_pixels
 from keras_mnv2.quantize import is_quantized
 from keras_mnv2.rewrite import copy_weights, layers_of
 from keras_mnv2.stock import to_stock
@@ -67,7 +66,6 @@ FORMATS = {
 }
 PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
 IO_DTYPES = ("int8", "uint8")
-_SCALING = (keras.layers.Rescaling, keras.layers.Normalization)
 # Those that can hold the names of the classes.
 LABELLED = ("tf_saved_model", "litert", "web")
 # The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
@@ -191,8 +189,12 @@ def export(
     labels = _labels(model, format, labels)
     if preprocessing is not None and format not in ("litert", "web"):
         raise ValueError(f'preprocessing must be left out but for "litert" and "web", got it for {format!r}.')
-    how = _preprocessing(model, preprocessing)
-    runtime = _page_runtime(model, how) if format == "web" else None
+    how = preprocessing_of_model(model, preprocessing)
+    runtime = None
+    if format == "web":
+        check_page(model, how)
+        _require(format)
+        runtime = web.find_runtime()
     calibration = None if calibration is None else _images(model, "calibration", calibration)
     images = _sample(model, sample, calibration)
     _require(format)
@@ -207,7 +209,7 @@ def export(
         checked = target
         if runtime is not None:
             names = labels or [f"class {i}" for i in range(model.output_shape[-1])]
-            web.write_page(target, runtime, model.inputs[0].shape, how, _takes_pixels(model), names)
+            web.write_page(target, runtime, model.inputs[0].shape, how, takes_pixels(model), names)
             checked = target / web.MODEL
         if format in converters.CONVERTERS or format == "web":
             options: dict[str, Any] = {"input_name": input_name(model), "output_names": output_names(source)}
@@ -217,7 +219,7 @@ def export(
                 options["calibration"] = str(folder / "calibration.npy")
             _convert(source, folder, "onnx" if format == "web" else format, checked, json.dumps(options))
             if format == "litert":
-                _finish_litert(model, target, precision, how, labels)
+                finish_litert(model, target, precision, how, labels)
         elif format == "keras":
             to_stock(source).save(target)
         elif _is_active(format):
@@ -253,8 +255,9 @@ def _check(
         raise ValueError(f"path must end in {suffix!r} for format={format!r}, got {str(path)!r}.")
     # OpenVINO's weights lie beside its graph.
     for file in (path, path.with_suffix(".bin")) if format == "openvino" else (path,):
-        known = "saved_model.pb" if format == "tf_saved_model" else web.PAGE
-        replaceable = overwrite and (file.is_file() if suffix else (file / known).is_file())
+        # A folder with other things in it is not replaced.
+        known = web.FILES if format == "web" else ("saved_model.pb",)
+        replaceable = overwrite and (file.is_file() if suffix else all((file / name).is_file() for name in known))
         if file.exists() and not replaceable:
             kind = "a file" if suffix else "a SavedModel" if format == "tf_saved_model" else "a page"
             raise ValueError(f"path must be new, or {kind} with overwrite=True, got {str(file)!r}, which exists.")
@@ -276,60 +279,6 @@ def _labels(model: keras.Model, format: str, labels: Sequence[str] | str | None)
         what = f"{len(names)} of them" if texts else repr(labels)
         raise ValueError(f'labels must be "imagenet" or {classes} names of one line each, got {what}.')
     return list(names)
-
-
-def _preprocessing(model: keras.Model, given: str | Checkpoint | Preprocessing | None) -> Preprocessing:
-    """How photographs are prepared for the model; by default Keras's way at its size."""
-    if given is not None:
-        return preprocessing_of(given)
-    shape = model.inputs[0].shape
-    return preprocessing_for(shape[2] if len(shape) == 4 else None)
-
-
-def _page_runtime(model: keras.Model, how: Preprocessing) -> Path:
-    """The files that run the page's model in a browser, if a page can show what it gives."""
-    given, scores = model.inputs[0].shape, model.output_shape
-    sides = given[2:] if len(given) == 4 and given[1] == 3 else given[1:3]
-    colours = len(given) == 4 and 3 in (given[1], given[3])
-    if not colours or (sides[0] or how.crop) != (sides[1] or how.crop) or not isinstance(scores, tuple):
-        raise ValueError(f'model must take square RGB images for format="web", got {given}.')
-    if len(scores) != 2:
-        raise ValueError(f'model must give scores (batch, classes) for format="web", got {scores}.')
-    _require("web")
-    return web.find_runtime()
-
-
-def _takes_pixels(model: keras.Model) -> bool:
-    """Whether the model scales pixels itself, by a layer of this package or of Keras, or by a division of the input."""
-    inside = [model, *layers_of(model)]
-    if any(layer.name == "preprocess" or isinstance(layer, _SCALING) for layer in inside):
-        return True
-    # `keras.applications.mobilenet_v2.preprocess_input` of a Keras tensor is no layer.
-    operations = [operation for layer in inside for operation in getattr(layer, "operations", ())]
-    return any(
-        type(operation).__name__ in ("TrueDivide", "Divide", "Multiply")
-        and not isinstance(operation, keras.Layer)
-        and len(keras.tree.flatten(operation.input)) == 1
-        for operation in operations
-    )
-
-
-def _finish_litert(
-    model: keras.Model, target: Path, precision: str, how: Preprocessing, labels: list[str] | None
-) -> None:
-    """What the converter leaves to be done: integers that read pixels, and what the file says about itself."""
-    content, reference = target.read_bytes(), target.with_suffix(converters.REFERENCE)
-    if precision == "int8":
-        content = fold_scaling(content, reference.read_bytes() if reference.exists() else None)
-        reference.unlink(missing_ok=True)
-    shape = model.inputs[0].shape
-    if len(shape) == 4 and shape[-1] in (1, 3):
-        scaled = _takes_pixels(model)
-        mean, std = ([0.0], [1.0]) if scaled else ([255 * m for m in how.mean], [255 * s for s in how.std])
-        content = with_metadata(content, mean, std, labels)
-    elif labels is not None:
-        raise ValueError(f"labels in LiteRT need a model of images (height, width, 3), got {tuple(shape[1:])}.")
-    target.write_bytes(content)
 
 
 def _images(model: keras.Model, name: str, given: Any) -> np.ndarray:

@@ -131,7 +131,10 @@ def _read_start(model: Any) -> _Start | None:
         if name == "CONV_2D" and operator.inputs[0] == now and names:
             break
         if name == "PAD" and operator.inputs[0] == now and names and not pads.any():
-            pads = _numbers(model, graph.tensors[operator.inputs[1]]).astype(int)
+            zeros = _numbers(model, graph.tensors[operator.inputs[1]])
+            if zeros is None:
+                return None
+            pads = zeros.astype(int)
         elif name in ("MUL", "ADD", "SUB", "DIV") and not pads.any():
             other = [i for i in operator.inputs if i != now]
             constant = _numbers(model, graph.tensors[other[0]]) if len(other) == 1 else None
@@ -208,10 +211,10 @@ def _padded(model: Any, start: _Start, border: np.ndarray) -> list[Any]:
     pad_code = _code_of(model, "PADV2", 2)
     none, channels = np.zeros((4, 2), int), len(border)
     if len(set(border)) == 1:
-        made = activation("pixels_and_border", start.pads, channels)
+        one = activation("pixels_and_border", start.pads, channels)
         value = constant("border_value", border[0], "int8", image.quantization)
-        start.conv.inputs[0] = made
-        return [_operator(pad_code, [start.tensor, pads, value], [made], "PadV2Options")]
+        start.conv.inputs[0] = one
+        return [_operator(pad_code, [start.tensor, pads, value], [one], "PadV2Options")]
     parts = [activation(f"pixels_{i}", none, 1) for i in range(channels)]
     made = [activation(f"pixels_and_border_{i}", start.pads, 1) for i in range(channels)]
     whole = activation("pixels_and_border", start.pads, channels)

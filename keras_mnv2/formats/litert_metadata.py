@@ -9,6 +9,8 @@ import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from keras_mnv2.formats.litert_file import file_of, read_file
 
 NAME = "TFLITE_METADATA"
@@ -36,7 +38,7 @@ def with_metadata(
     model = read_file(content)
     entry, buffer = schema.MetadataT(), schema.BufferT()
     entry.name, entry.buffer = NAME.encode(), len(model.buffers)
-    buffer.data = _bytes(_metadata(len(model.subgraphs[0].outputs), mean, std, labels is not None))
+    buffer.data = np.frombuffer(_metadata(len(model.subgraphs[0].outputs), mean, std, labels is not None), "uint8")
     model.buffers.append(buffer)
     model.metadata = [*(model.metadata or ()), entry]
     packed = file_of(model)
@@ -47,12 +49,6 @@ def with_metadata(
     with zipfile.ZipFile(file, "a") as archive:
         archive.writestr(zipfile.ZipInfo(LABELS), "".join(f"{label}\n" for label in labels))
     return file.getvalue()
-
-
-def _bytes(content: bytes) -> Any:
-    import numpy as np
-
-    return np.frombuffer(content, "uint8")
 
 
 def _metadata(outputs: int, mean: Sequence[float], std: Sequence[float], labelled: bool) -> bytes:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PAGE, MODEL = "index.html", "model.onnx"
+FILES = PAGE, ABOUT, MODEL = "index.html", "about.json", "model.onnx"
 # onnxruntime-web: its version, the SHA-256 of the npm package, and the files that the page needs, with their names
 # there: not every server knows that `.mjs` is JavaScript.
 VERSION = "1.30.0"
@@ -92,7 +92,7 @@ def write_page(
         "channels_first": channels_first,
         "labels": list(labels),
     }
-    (folder / "about.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
+    (folder / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _here_and_above() -> list[Path]:

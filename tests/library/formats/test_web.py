@@ -86,7 +86,7 @@ def test_the_page_says_what_predict_says(served, browser, decided):
         # Here and there Pillow rounds to the other level.
         found = np.reshape(pixels, expected.shape)
         assert np.abs(found - expected.astype(int)).max() <= 1
-        assert (found != expected).mean() < 0.01
+        assert (found != expected).mean() < 0.03
         mine, pillows = model.predict(np.stack([found, expected]).astype("float32"), verbose=0)
         assert np.argmax(scores) == pillows.argmax()
         largest = max(largest, np.abs(scores - mine).max())

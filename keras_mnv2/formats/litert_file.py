@@ -130,11 +130,11 @@ def _read_start(model: Any) -> _Start | None:
             return None
         if name == "CONV_2D" and operator.inputs[0] == now and names:
             break
-        if name == "PAD" and operator.inputs[0] == now and names and not pads.any():
+        if name == "PAD" and operator.inputs[0] == now and names:
             zeros = _numbers(model, graph.tensors[operator.inputs[1]])
             if zeros is None:
                 return None
-            pads = zeros.astype(int)
+            pads = pads + zeros.astype(int)
         elif name in ("MUL", "ADD", "SUB", "DIV") and not pads.any():
             other = [i for i in operator.inputs if i != now]
             constant = _numbers(model, graph.tensors[other[0]]) if len(other) == 1 else None

@@ -138,6 +138,7 @@ ROOMS = {
     "run": 7,
     "benchmark": 7,
     "evaluate": 7,
+    "preprocessing": 7,
     "__main__": 8,
     "launch": 9,
 }

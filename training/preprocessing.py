@@ -5,6 +5,7 @@ bilinear resizing (`keras_mnv2.resize_and_crop`): grey levels apart, photographs
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import sys
@@ -30,59 +31,69 @@ Resizer = Callable[[np.ndarray, int, int], np.ndarray]
 
 def decoders(modules: dict[str, Any]) -> dict[str, Decoder]:
     """Readers of JPEG files by name, of the packages that are there."""
+    packages: list[Any] = [modules.get(name) for name in PACKAGES]
+    torchvision, cv2, tf = packages
+
+    def by_torchvision(path: Path) -> np.ndarray:
+        return torchvision.io.decode_image(str(path), torchvision.io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
+
+    def by_opencv(path: Path) -> np.ndarray:
+        return cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)[..., ::-1]
+
+    def by_tensorflow(path: Path, method: str = "") -> np.ndarray:
+        return tf.io.decode_jpeg(path.read_bytes(), 3, dct_method=method).numpy()
+
     found: dict[str, Decoder] = {}
-    if torchvision := modules.get("torchvision"):
-        found["torchvision's JPEG"] = lambda path: (
-            torchvision.io.decode_image(str(path), torchvision.io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
-        )
-    if cv2 := modules.get("cv2"):
-        flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-        found["OpenCV's JPEG"] = lambda path: cv2.imread(str(path), flags)[..., ::-1]
-    if tf := modules.get("tensorflow"):
-        for name, method in (("", ""), (", INTEGER_ACCURATE", "INTEGER_ACCURATE")):
-            found[f"TensorFlow's JPEG{name}"] = lambda path, method=method: tf.io.decode_jpeg(
-                path.read_bytes(), 3, dct_method=method
-            ).numpy()
+    if torchvision:
+        found["torchvision's JPEG"] = by_torchvision
+    if cv2:
+        found["OpenCV's JPEG"] = by_opencv
+    if tf:
+        found["TensorFlow's JPEG"] = by_tensorflow
+        found["TensorFlow's JPEG, INTEGER_ACCURATE"] = functools.partial(by_tensorflow, method="INTEGER_ACCURATE")
     return found
 
 
 def resizers(modules: dict[str, Any]) -> dict[str, Resizer]:
     """Ways to resize by name, of the packages that are there."""
+    packages: list[Any] = [modules.get(name) for name in PACKAGES]
+    torchvision, cv2, tf = packages
 
-    def by_pillow(how: Image.Resampling) -> Resizer:
-        return lambda x, height, width: np.asarray(Image.fromarray(x).resize((width, height), how))
+    def by_torchvision(x: np.ndarray, height: int, width: int, antialias: bool) -> np.ndarray:
+        image = importlib.import_module("torch").from_numpy(x).permute(2, 0, 1)
+        y = torchvision.transforms.v2.functional.resize(image, [height, width], antialias=antialias)
+        return y.permute(1, 2, 0).numpy()
 
-    def by_keras(antialias: bool) -> Resizer:
-        return lambda x, height, width: keras.ops.convert_to_numpy(
-            keras.ops.image.resize(x.astype("float32"), (height, width), antialias=antialias)
-        )
+    def by_opencv(x: np.ndarray, height: int, width: int, how: int) -> np.ndarray:
+        return cv2.resize(x, (width, height), interpolation=how)
 
-    found = {"Pillow, bicubic": by_pillow(Image.Resampling.BICUBIC)}
-    if torchvision := modules.get("torchvision"):
-        torch, resize = importlib.import_module("torch"), torchvision.transforms.v2.functional.resize
-        for antialias in (True, False):
-            found[f"torchvision tensors, {_said(antialias)}"] = lambda x, height, width, antialias=antialias: (
-                resize(torch.from_numpy(x).permute(2, 0, 1), [height, width], antialias=antialias)
-                .permute(1, 2, 0)
-                .numpy()
-            )
-    if cv2 := modules.get("cv2"):
-        for name, how in (("INTER_LINEAR", cv2.INTER_LINEAR), ("INTER_AREA", cv2.INTER_AREA)):
-            found[f"OpenCV, {name}"] = lambda x, height, width, how=how: cv2.resize(
-                x, (width, height), interpolation=how
-            )
-    if tf := modules.get("tensorflow"):
-        for antialias in (True, False):
-            found[f"tf.image, {_said(antialias)}"] = lambda x, height, width, antialias=antialias: tf.image.resize(
-                x, (height, width), antialias=antialias
-            ).numpy()
-    for antialias in (True, False):
-        found[f"keras.ops.image, {_said(antialias)}"] = by_keras(antialias)
+    def by_tensorflow(x: np.ndarray, height: int, width: int, antialias: bool) -> np.ndarray:
+        return tf.image.resize(x, (height, width), antialias=antialias).numpy()
+
+    def by_keras(x: np.ndarray, height: int, width: int, antialias: bool) -> np.ndarray:
+        y = keras.ops.image.resize(x.astype("float32"), (height, width), antialias=antialias)
+        return keras.ops.convert_to_numpy(y)
+
+    found: dict[str, Resizer] = {"Pillow, bicubic": functools.partial(by_pillow, how=Image.Resampling.BICUBIC)}
+    ways: list[tuple[str, Any, Any]] = [("torchvision tensors", torchvision, by_torchvision)]
+    ways += [("tf.image", tf, by_tensorflow), ("keras.ops.image", keras, by_keras)]
+    for name, module, resize in ways:
+        for antialias in (True, False) if module else ():
+            said = "antialiased" if antialias else "not antialiased"
+            found[f"{name}, {said}"] = functools.partial(resize, antialias=antialias)
+    for name in ("INTER_LINEAR", "INTER_AREA") if cv2 else ():
+        found[f"OpenCV, {name}"] = functools.partial(by_opencv, how=getattr(cv2, name))
     return found
 
 
-def _said(antialias: bool) -> str:
-    return "antialiased" if antialias else "not antialiased"
+def by_pillow(x: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:
+    """Pillow's resizing, always antialiased."""
+    return np.asarray(Image.fromarray(x).resize((width, height), how))
+
+
+def by_pillows_decoder(path: Path) -> np.ndarray:
+    """A photograph as the library reads it."""
+    return np.asarray(keras_mnv2.load_image(path))
 
 
 def prepared(image: np.ndarray, how: keras_mnv2.Preprocessing, resizer: Resizer) -> np.ndarray:
@@ -103,23 +114,19 @@ def compare(classifier: keras_mnv2.Classifier, folder: Path, modules: dict[str, 
     paths, labels, _ = keras_mnv2.class_folders(folder)
     how = classifier.preprocessing
 
-    def pixels_of(decode: Decoder | None, resizer: Resizer | None) -> np.ndarray:
-        if decode is None and resizer is None:
-            return np.stack([keras_mnv2.resize_and_crop(path, how) for path in paths]).astype("float32")
-        read = decode or (lambda path: np.asarray(keras_mnv2.load_image(path)))
-        scale = resizer or (lambda x, h, w: np.asarray(Image.fromarray(x).resize((w, h), Image.Resampling.BILINEAR)))
-        return np.stack([prepared(read(Path(path)), how, scale) for path in paths])
+    def pixels_of(decode: Decoder, resizer: Resizer) -> np.ndarray:
+        return np.stack([prepared(decode(Path(path)), how, resizer) for path in paths])
 
     def classes_of(pixels: np.ndarray) -> np.ndarray:
         parts = [classifier.scores(pixels[i : i + BATCH]) for i in range(0, len(pixels), BATCH)]
         return np.concatenate(parts).argmax(axis=1)
 
-    reference = pixels_of(None, None)
+    reference = np.stack([keras_mnv2.resize_and_crop(path, how) for path in paths]).astype("float32")
     expected = classes_of(reference)
     rows = [[REFERENCE, "0", "0", "0", f"{(expected == labels).mean():.2%}"]]
-    variants: list[tuple[str, Decoder | None, Resizer | None]]
-    variants = [(name, decode, None) for name, decode in decoders(modules).items()]
-    variants += [(name, None, resizer) for name, resizer in resizers(modules).items()]
+    bilinear: Resizer = functools.partial(by_pillow, how=Image.Resampling.BILINEAR)
+    variants = [(name, decode, bilinear) for name, decode in decoders(modules).items()]
+    variants += [(name, by_pillows_decoder, resizer) for name, resizer in resizers(modules).items()]
     for name, decode, resizer in variants:
         pixels = pixels_of(decode, resizer)
         apart = np.abs(pixels - reference)

@@ -16,7 +16,7 @@ from keras_mnv2.annotations import PathLike, Shape
 from keras_mnv2.checks import check_choice, check_path, check_whole
 from keras_mnv2.formats.runtimes import load_with_shape
 from keras_mnv2.model import MobileNetV2
-from keras_mnv2.preprocessing import MOST_SIDE, imagenet_labels, preprocessing_of, scales_pixels
+from keras_mnv2.preprocessing import MOST_SIDE, SIDE, imagenet_labels, preprocessing_of, scales_pixels
 from keras_mnv2.weights.hdf5 import open_hdf5
 from keras_mnv2.weights.source import checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, imagenet_checkpoint
@@ -25,8 +25,6 @@ EXPORTED = (".onnx", ".tflite", ".xml", ".pt2")
 SCALES = ("none", "keras")
 # Numbers of ImageNet's classes, without and with the background.
 IMAGENET = (1000, 1001)
-# Of a model that takes any size.
-SIDE = 224
 
 
 @dataclasses.dataclass(eq=False)

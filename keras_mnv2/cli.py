@@ -18,13 +18,13 @@ import keras
 import numpy as np
 
 from keras_mnv2.checks import check_whole
-from keras_mnv2.classifier import IMAGENET, SCALES, SIDE, Classifier, load_classifier, load_model
+from keras_mnv2.classifier import IMAGENET, SCALES, Classifier, load_classifier, load_model
 from keras_mnv2.cost import cost_profile
 from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export
 from keras_mnv2.folders import SUFFIXES, images_below
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.photographs import evaluation_data
-from keras_mnv2.preprocessing import imagenet_labels, preprocessing_of, probabilities, scales_pixels
+from keras_mnv2.preprocessing import SIDE, imagenet_labels, preprocessing_of, probabilities, scales_pixels
 from keras_mnv2.start import training
 from keras_mnv2.tables import in_columns
 from keras_mnv2.weights.table import Preprocessing, list_weights
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export_.add_argument("--io-dtype", choices=IO_DTYPES, default=IO_DTYPES[0], help="of int8 (default int8)")
     export_.add_argument("--no-fold", action="store_true", help="leaves the batch norms as they are")
-    export_.add_argument("--labels", metavar="FILE", help="of a SavedModel: 'imagenet', or a file with a class a line")
+    export_.add_argument("--labels", metavar="FILE", help="of the classes: 'imagenet', or a file with a class a line")
     export_.add_argument("--overwrite", action="store_true", help="replaces what is at OUT")
 
     weights = add("weights", _weights, "the table of published checkpoints")
@@ -273,6 +273,7 @@ def _export(options: argparse.Namespace) -> None:
             io_dtype=options.io_dtype,
             fold=not options.no_fold,
             labels=labels,
+            preprocessing=how if format in ("litert", "web") else None,
             overwrite=options.overwrite,
             verbose=False,
         )

@@ -20,7 +20,7 @@ from keras_mnv2.annotations import PathLike, Tensor
 from keras_mnv2.arguments import check_choice, check_flag, check_path
 from keras_mnv2.files import folder_beside
 from keras_mnv2.fold import fold_batch_norm
-from keras_mnv2.formats import converters, graphs, runtimes
+from keras_mnv2.formats import converters, graphs, runtimes, web
 from keras_mnv2.formats.graphs import (
     TRACED_SIDE,
     input_name,
@@ -29,10 +29,12 @@ from keras_mnv2.formats.graphs import (
     write_exported_program,
     write_saved_model,
 )
+from keras_mnv2.formats.images import check_page, finish_litert, preprocessing_of_model, takes_pixels
 from keras_mnv2.preprocessing import imagenet_labels, scales_pixels
 from keras_mnv2.quantize import is_quantized
 from keras_mnv2.rewrite import copy_weights, layers_of
 from keras_mnv2.stock import to_stock
+from keras_mnv2.weights.table import Checkpoint, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,14 @@ FORMATS = {
     "litert": _Format("tensorflow", ("tensorflow", "ai_edge_litert"), ".tflite", "litert"),
     "openvino": _Format("tensorflow", ("tensorflow", "openvino"), ".xml", "openvino"),
     "torch": _Format("torch", ("torch",), ".pt2", "torch"),
+    "web": _Format("torch", ("torch", "onnx", "onnxscript", "onnxruntime"), "", "onnx"),
     # Made by whatever backend is active, and read by any.
     "keras": _Format(keras.backend.backend(), (), ".keras", ""),
 }
 PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
 IO_DTYPES = ("int8", "uint8")
+# Those that can hold the names of the classes.
+LABELLED = ("tf_saved_model", "litert", "web")
 # The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
 # float32, and where weights are rounded to 16 bits up to 0.03 in untrained networks; a wrong one about 1.
 LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 1e-1}
@@ -85,6 +90,8 @@ class ExportReport:
         top1_agreement: share of the images whose largest score is of the same class; None unless the model has one
             output (batch, classes).
         size: of the file or folder, in bytes.
+        reference_difference: for LiteRT's 8-bit integers, `largest_difference` with LiteRT's reference kernels, which
+            microcontrollers compute bit for bit; its XNNPACK kernels give `largest_difference`. On up to 8 images.
     """
 
     path: Path
@@ -95,6 +102,7 @@ class ExportReport:
     mean_absolute_error: float
     top1_agreement: float | None
     size: int
+    reference_difference: float | None = None
 
     def __str__(self) -> str:
         words = [
@@ -103,6 +111,8 @@ class ExportReport:
         ]
         if self.top1_agreement is not None:
             words.append(f"top-1 agreement {self.top1_agreement:.2%}")
+        if self.reference_difference is not None:
+            words.append(f"with LiteRT's reference kernels largest difference {self.reference_difference:.2g}")
         return ", ".join(words)
 
 
@@ -116,6 +126,7 @@ def export(
     io_dtype: str = "int8",
     fold: bool | None = None,
     labels: Sequence[str] | str | None = None,
+    preprocessing: str | Checkpoint | Preprocessing | None = None,
     sample: Tensor | None = None,
     overwrite: bool = False,
     verbose: bool = True,
@@ -129,8 +140,9 @@ def export(
     Args:
         model: a built model with one input, that `keras.models.load_model` can load.
         path: file or folder to write: it ends in `.onnx`, `.tflite`, `.xml` (OpenVINO, which writes a `.bin` beside
-            it), `.pt2` or `.keras`; a SavedModel is a folder.
-        format: `"tf_saved_model"`, `"onnx"`, `"litert"`, `"openvino"` or `"torch"`, as in `keras.Model.export`; or
+            it), `.pt2` or `.keras`; a SavedModel and a page are folders.
+        format: `"tf_saved_model"`, `"onnx"`, `"litert"`, `"openvino"` or `"torch"`, as in `keras.Model.export`;
+            `"web"`, a folder that is a page which names what is on photographs, from any static server; or
             `"keras"`, a model of Keras's own classes that `keras.models.load_model` reads without this package, on any
             backend, to predict or to train on.
         precision: `"float32"`; with `format="litert"` also `"float16"` (weights of 16 bits), `"dynamic_int8"` (weights
@@ -141,7 +153,11 @@ def export(
         io_dtype: for `precision="int8"`, the type of input and output, `"int8"` or `"uint8"`.
         fold: whether to fold the batch norms into the kernels (`fold_batch_norm`) first; by default for each format
             but `"keras"`.
-        labels: for a SavedModel, the names of the classes, or `"imagenet"`: an asset, one name a line.
+        labels: for a SavedModel, LiteRT and a page, the names of the classes, or `"imagenet"`: an asset, one name a
+            line, or the file of labels in LiteRT's metadata.
+        preprocessing: for LiteRT and a page, how photographs are prepared for the model, as in `preprocess_input` and
+            `resize_and_crop`: a page does it, LiteRT's metadata says it. Of a model that scales pixels itself, only
+            how they are resized. By default Keras's way, at the model's size.
         sample: images to compare on, `(batch, *model.input_shape[1:])`; by default up to 64 of `calibration`, or four
             random ones.
         overwrite: whether a file or SavedModel that is at `path` may be replaced.
@@ -171,6 +187,14 @@ def export(
         # The same layers: a sequential model does not name its outputs.
         model = keras.Model(model.inputs, model.outputs, name=model.name)
     labels = _labels(model, format, labels)
+    if preprocessing is not None and format not in ("litert", "web"):
+        raise ValueError(f'preprocessing must be left out but for "litert" and "web", got it for {format!r}.')
+    how = preprocessing_of_model(model, preprocessing)
+    runtime = None
+    if format == "web":
+        check_page(model, how)
+        _require(format)
+        runtime = web.find_runtime()
     calibration = None if calibration is None else _images(model, "calibration", calibration)
     images = _sample(model, sample, calibration)
     _require(format)
@@ -182,20 +206,27 @@ def export(
         # Files that name each other, as OpenVINO's do, need their final names.
         target = folder / "result" / path.name
         target.parent.mkdir()
-        if format in converters.CONVERTERS:
+        checked = target
+        if runtime is not None:
+            names = labels or [f"class {i}" for i in range(model.output_shape[-1])]
+            web.write_page(target, runtime, model.inputs[0].shape, how, takes_pixels(model), names)
+            checked = target / web.MODEL
+        if format in converters.CONVERTERS or format == "web":
             options: dict[str, Any] = {"input_name": input_name(model), "output_names": output_names(source)}
             options |= {"precision": precision, "io_dtype": io_dtype, "quantized": quantized}
             if calibration is not None:
                 np.save(folder / "calibration.npy", calibration)
                 options["calibration"] = str(folder / "calibration.npy")
-            _convert(source, folder, format, target, json.dumps(options))
+            _convert(source, folder, "onnx" if format == "web" else format, checked, json.dumps(options))
+            if format == "litert":
+                finish_litert(model, target, precision, how, labels)
         elif format == "keras":
             to_stock(source).save(target)
         elif _is_active(format):
             _write(source, target, format, labels)
         else:
             _cross_over(source, folder, format, target, labels)
-        report = _compare(model, target, images, folder, path, format, precision, quantized)
+        report = _compare(model, checked, images, folder, path, format, precision, quantized)
         _move(target.parent, path, folder, overwrite)
     if verbose:
         print(report)
@@ -224,9 +255,11 @@ def _check(
         raise ValueError(f"path must end in {suffix!r} for format={format!r}, got {str(path)!r}.")
     # OpenVINO's weights lie beside its graph.
     for file in (path, path.with_suffix(".bin")) if format == "openvino" else (path,):
-        replaceable = overwrite and (file.is_file() if suffix else (file / "saved_model.pb").is_file())
+        # A folder with other things in it is not replaced.
+        known = web.FILES if format == "web" else ("saved_model.pb",)
+        replaceable = overwrite and (file.is_file() if suffix else all((file / name).is_file() for name in known))
         if file.exists() and not replaceable:
-            kind = "a file" if suffix else "a SavedModel"
+            kind = "a file" if suffix else "a SavedModel" if format == "tf_saved_model" else "a page"
             raise ValueError(f"path must be new, or {kind} with overwrite=True, got {str(file)!r}, which exists.")
     return quantized
 
@@ -234,8 +267,8 @@ def _check(
 def _labels(model: keras.Model, format: str, labels: Sequence[str] | str | None) -> list[str] | None:
     if labels is None:
         return None
-    if format != "tf_saved_model":
-        raise ValueError(f'labels must be left out but for format="tf_saved_model", got them for {format!r}.')
+    if format not in LABELLED:
+        raise ValueError(f"labels must be left out but for {', '.join(LABELLED)}, got them for {format!r}.")
     classes = model.output_shape[-1] if isinstance(model.output_shape, tuple) else None
     names = labels if isinstance(labels, str) or not isinstance(labels, Iterable) else list(labels)
     if isinstance(labels, str) and labels == "imagenet":
@@ -385,10 +418,12 @@ def _compare(
     batches = [images, images[:1] if len(images) > 1 else np.repeat(images, 2, axis=0)]
     np.savez(folder / "images.npz", *batches)
     arguments = (runtimes.__file__, target, folder / "images.npz", folder / "outputs.npz")
-    _run(*arguments, backend=keras.backend.backend() if format == "keras" else "tensorflow")
+    also = ("--reference",) if (format, precision) == ("litert", "int8") else ()
+    _run(*arguments, *also, backend=keras.backend.backend() if format == "keras" else "tensorflow")
     expected = runtimes.outputs_of(lambda x: _numpy(named(model, model.predict(x, verbose=0))), batches)
     with np.load(folder / "outputs.npz") as file:
         found = dict(file)
+    reference = {name: found.pop(name) for name in list(found) if name.startswith(runtimes.REFERENCE)}
     if len(model.outputs) == 1:
         # A single tensor of PyTorch has no name.
         found = dict(zip(sorted(expected), (found[name] for name in sorted(found)), strict=True))
@@ -415,8 +450,14 @@ def _compare(
             f"The export to {str(path)!r} differs from the model: {what} is {value:.2g}, the most that {precision} "
             f"may show {limit:.2g}; nothing was written."
         )
+    other = None
+    if reference:
+        # In the order of the names, as above.
+        first = {name: y[: runtimes.REFERENCE_IMAGES] for name, y in sorted(expected.items()) if name.startswith("0/")}
+        pairs = list(zip(first.values(), (reference[name] for name in sorted(reference)), strict=True))
+        other = max(float(np.abs(y.astype("float64") - z).max()) for y, z in pairs)
     size = sum(file.stat().st_size for file in target.parent.rglob("*") if file.is_file())
-    return ExportReport(path, format, precision, len(images), largest, mean, agreement, size)
+    return ExportReport(path, format, precision, len(images), largest, mean, agreement, size, other)
 
 
 def _numpy(outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:

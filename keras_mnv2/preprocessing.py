@@ -18,6 +18,8 @@ from keras_mnv2.weights.table import HALF, Checkpoint, Preprocessing, find_check
 
 # Pixels of a side; JPEG files have no more.
 MOST_SIDE = 2**16
+# Of a model that takes any size.
+SIDE = 224
 Photograph = PathLike | BinaryIO | Image.Image | np.ndarray
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

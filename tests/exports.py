@@ -89,7 +89,7 @@ def exported(decided, tmp_path_factory):
                 format,
                 precision=precision,
                 calibration=images if precision == "int8" else None,
-                labels=LABELS if format == "tf_saved_model" else None,
+                labels=LABELS if format in ("tf_saved_model", "litert") else None,
                 sample=images,
             )
         assert str(report) in printed.getvalue()

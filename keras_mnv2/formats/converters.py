@@ -13,6 +13,8 @@ import numpy as np
 
 # The newest that the runtimes of the field (ONNX Runtime, TensorRT, OpenVINO) share.
 OPSET = 23
+# What a file of integers has beside it, in float32, for its exact numbers.
+REFERENCE = ".reference.tflite"
 
 
 def to_litert(
@@ -28,7 +30,7 @@ def to_litert(
 
     Args:
         source: the SavedModel.
-        target: file to write.
+        target: file to write. Beside one of `"int8"` from calibration, one in float32 (`REFERENCE`) is left.
         precision: `"float32"`, `"float16"`, `"dynamic_int8"` or `"int8"`.
         calibration: for `"int8"`, a `.npy` file of images that the ranges of the activations are taken from.
         quantized: whether the graph has ranges of its own, from quantisation-aware training.
@@ -37,6 +39,12 @@ def to_litert(
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_saved_model(str(source))
+    if precision == "int8" and not quantized:
+        target.with_suffix(REFERENCE).write_bytes(converter.convert())
+        converter = tf.lite.TFLiteConverter.from_saved_model(str(source))
+    if precision == "dynamic_int8":
+        # One scale for the classifier's kernel: more is version 12 of the operator, which tflite-runtime has not.
+        converter._experimental_disable_per_channel_quantization_for_dense_layers = True
     if precision != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if precision == "float16":

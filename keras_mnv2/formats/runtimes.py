@@ -1,4 +1,4 @@
-"""Exported files in their own runtimes: `python runtimes.py FILE IMAGES.npz OUTPUTS.npz`.
+"""Exported files in their own runtimes: `python runtimes.py FILE IMAGES.npz OUTPUTS.npz [--reference]`.
 
 Run as a file it imports nothing of this package, and importing Keras fails, or for a file of Keras this package: the
 exported file must not need it.
@@ -17,6 +17,9 @@ import numpy as np
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
 # That, and the shape of the images as the runtime says it.
 Loaded = tuple[Run, Iterable[Any]]
+
+# What the outputs of LiteRT's reference kernels are called, and of how many images: they are slow.
+REFERENCE, REFERENCE_IMAGES = "reference/", 8
 
 # Images a call, so that a large sample needs no more memory than this many.
 BATCH = 64
@@ -96,10 +99,11 @@ def _onnx(path: Path) -> Loaded:
     return run, image.shape
 
 
-def _litert(path: Path) -> Loaded:
-    from ai_edge_litert.interpreter import Interpreter
+def _litert(path: Path, reference: bool = False) -> Loaded:
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-    interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
+    kernels = OpResolverType.BUILTIN_REF if reference else OpResolverType.AUTO
+    interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count(), experimental_op_resolver_type=kernels)
     run_signature = interpreter.get_signature_runner("serving_default")
     ((name, image),) = run_signature.get_input_details().items()
     outputs = run_signature.get_output_details()
@@ -182,6 +186,12 @@ def _keras(path: Path) -> Loaded:
 _LOADERS = {".onnx": _onnx, ".tflite": _litert, ".xml": _openvino, ".pt2": _torch, ".keras": _keras}
 
 
+def reference_outputs(path: str | os.PathLike[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """The outputs of LiteRT's reference kernels for the first images, where a file computes in integers throughout."""
+    run, _ = _litert(Path(path), reference=True)
+    return {f"{REFERENCE}{name}": y for name, y in run(images[:REFERENCE_IMAGES]).items()}
+
+
 def outputs_of(run: Run, batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
     """The outputs of several batches, one after the other, each name with its batch's number: `0/predictions`."""
     found = {}
@@ -197,4 +207,6 @@ if __name__ == "__main__":
     sys.modules[foreign] = None  # type: ignore[assignment]  # Importing it fails from here on.
     with np.load(sys.argv[2]) as batches:
         outputs = outputs_of(load_export(sys.argv[1]), batches.values())
+        if "--reference" in sys.argv:
+            outputs |= reference_outputs(sys.argv[1], batches["arr_0"])
     np.savez(sys.argv[3], allow_pickle=False, **outputs)

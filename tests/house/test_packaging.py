@@ -54,6 +54,7 @@ def test_the_wheel_has_the_package_alone(built):
     own = {str(path.relative_to(ROOT)) for path in (ROOT / "keras_mnv2").rglob("*.py")}
     own |= {f"keras_mnv2/{path.relative_to(ROOT)}" for path in (ROOT / "training").rglob("*.py")}
     assert {"keras_mnv2/training/__main__.py", "keras_mnv2/training/recipes/digits.py"} <= own
+    own |= {str(path.relative_to(ROOT)) for path in (ROOT / "keras_mnv2" / "formats" / "page").iterdir()}
     assert own | {"keras_mnv2/py.typed", "keras_mnv2/labels.txt"} <= names
 
 

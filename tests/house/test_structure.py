@@ -72,6 +72,10 @@ LEVELS = {
     "formats.converters": 0,
     "formats.runtimes": 0,
     "formats.graphs": 1,
+    "formats.litert_file": 0,
+    "formats.litert_metadata": 1,
+    "formats.web": 0,
+    "formats.images": 8,
     "export": 9,
     "classifier": 10,
     "cli": 11,
@@ -138,6 +142,7 @@ ROOMS = {
     "run": 7,
     "benchmark": 7,
     "evaluate": 7,
+    "preprocessing": 7,
     "__main__": 8,
     "launch": 9,
 }

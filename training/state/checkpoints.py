@@ -46,7 +46,7 @@ class State:
         return [array for key, array in sorted(self.arrays.items()) if key.startswith(f"{name}/")]
 
     def encode(self) -> bytes:
-        """As the bytes of a safetensors file, whose metadata hold the position (as `place`), the format, and a hash of all the rest."""
+        """As the bytes of a safetensors file, whose metadata hold the position, the format, and a hash of the rest."""
         metadata = {"format": str(FORMAT), "place": json.dumps(self.position), "blake2b": "0" * HASH_LENGTH}
         # Dense: safetensors writes what lies in memory from the first number on.
         arrays = {name: np.asarray(array, order="C") for name, array in self.arrays.items()}

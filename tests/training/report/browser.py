@@ -70,13 +70,13 @@ class Browser:
         assert "error" not in answer, answer["error"]
         return answer["result"]
 
-    def open(self, path: Path, width: int, height: int = 900, scheme: str = "light") -> None:
-        """Opens a file in a window of so many CSS pixels; below 600 it is a phone's."""
+    def open(self, path: Path | str, width: int, height: int = 900, scheme: str = "light") -> None:
+        """Opens a file, or an address, in a window of so many CSS pixels; below 600 it is a phone's."""
         phone = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.events.clear()
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._read())
 

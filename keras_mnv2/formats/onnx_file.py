@@ -36,7 +36,7 @@ def write_onnx(
     output_names: list[str],
     precision: str = "float32",
     opset: int | None = None,
-    transposed: bool = False,
+    layout: str | None = None,
     calibration: str = "",
     quantized: bool = False,
     **_: Any,
@@ -50,7 +50,7 @@ def write_onnx(
         output_names: of its outputs, in their order.
         precision: `"float32"`, `"float16"` or `"int8"`.
         opset: of the file; by default the lowest that its graph needs, from 13 on.
-        transposed: whether the file takes its images in the other layout, NCHW for NHWC or the other way round.
+        layout: `"NCHW"` or `"NHWC"`, of the images that the file takes, where the program takes the other one.
         calibration: for `"int8"`, a `.npy` file of images that the ranges of the activations are taken from.
         quantized: whether the graph has ranges of its own, from quantisation-aware training.
     """
@@ -67,8 +67,8 @@ def write_onnx(
     )
     assert program is not None
     model = program.model_proto
-    if transposed:
-        _transpose_input(model.graph)
+    if layout is not None:
+        _transpose_input(model.graph, layout)
     model = _simplified(model, target.with_suffix(".first.onnx"))
     graph = model.graph
     for value in (*graph.input, *graph.output):
@@ -83,7 +83,9 @@ def write_onnx(
     if precision == "int8":
         if not quantized:
             images = np.load(calibration, mmap_mode="r")
-            integers["round_by_images"](model, np.moveaxis(images, *_axes(graph)) if transposed else images)
+            if layout is not None:
+                images = np.moveaxis(images, *((-1, 1) if layout == "NCHW" else (1, -1)))
+            integers["round_by_images"](model, images)
         integers["round_weights"](graph, per_tensor=("Gemm", "MatMul") if quantized else ())
     if precision == "float16":
         _in_float16(graph)
@@ -93,23 +95,16 @@ def write_onnx(
     onnx.save(model, target)
 
 
-def _axes(graph: Any) -> tuple[int, int]:
-    """From where to where the channels move for an input that the file takes in the other layout."""
-    # The perm of the transpose that `_transpose_input` made is gone: the side of the channels says the layout.
-    sides = [dim.dim_value for dim in graph.input[0].type.tensor_type.shape.dim]
-    return (-1, 1) if sides[1] in (1, 3) else (1, -1)
-
-
-def _transpose_input(graph: Any) -> None:
-    """Gives the graph an input of the other layout, with a transpose behind it."""
+def _transpose_input(graph: Any, layout: str) -> None:
+    """Gives the graph an input of this layout, with a transpose to the other one behind it."""
+    there, back = _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST
+    if layout == "NHWC":
+        there, back = back, there
     (image,) = graph.input
-    dims = list(image.type.tensor_type.shape.dim)
-    first = dims[1].dim_value in (1, 3) and dims[3].dim_value not in (1, 3)
-    there, back = (_TO_CHANNELS_LAST, _TO_CHANNELS_FIRST) if first else (_TO_CHANNELS_FIRST, _TO_CHANNELS_LAST)
     inner = f"{image.name}_transposed"
-    for node in graph.node:
-        node.input[:] = [inner if name == image.name else name for name in node.input]
+    _rename(graph, image.name, inner, inputs=True)
     graph.node.insert(0, helper.make_node("Transpose", [image.name], [inner], perm=back))
+    dims = list(image.type.tensor_type.shape.dim)
     copies = [type(dims[0]).FromString(dims[i].SerializeToString()) for i in there]
     del image.type.tensor_type.shape.dim[:]
     image.type.tensor_type.shape.dim.extend(copies)

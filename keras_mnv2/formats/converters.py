@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+
 def to_litert(
     source: Path,
     target: Path,

@@ -21,7 +21,7 @@ LEAST_OPSET = 13
 # Their newer versions take more types or inputs, and compute the same.
 _WIDENED = ("Add", "Sub", "Mul", "Div", "Relu", "Identity", "Reshape", "Pad", "Shape")
 # Their axes are an input since this version, and an attribute before.
-_REDUCTIONS = {name: 18 for name in ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd")}
+_REDUCTIONS = dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd"), 18)
 _POOLINGS = {"ReduceMean": "GlobalAveragePool", "ReduceMax": "GlobalMaxPool"}
 _TO_CHANNELS_LAST = [0, 2, 3, 1]
 _TO_CHANNELS_FIRST = [0, 3, 1, 2]
@@ -85,7 +85,9 @@ def write_onnx(
             images = np.load(calibration, mmap_mode="r")
             if layout is not None:
                 images = np.moveaxis(images, *((-1, 1) if layout == "NCHW" else (1, -1)))
+            integers["correct_biases"](model, images)
             integers["round_by_images"](model, images)
+        integers["round_what_moves"](graph)
         integers["round_weights"](graph, per_tensor=("Gemm", "MatMul") if quantized else ())
     if precision == "float16":
         _in_float16(graph)
@@ -193,8 +195,8 @@ def _up_to_transpose(graph: Any, node: Any) -> Iterator[Any]:
 
 def _reduced_axes(graph: Any, node: Any) -> list[int]:
     if len(node.input) > 1:
-        return [numpy_helper.to_array(w).tolist() for w in graph.initializer if w.name == node.input[1]][0]
-    return [list(attribute.ints) for attribute in node.attribute if attribute.name == "axes"][0]
+        return next(numpy_helper.to_array(w).tolist() for w in graph.initializer if w.name == node.input[1])
+    return next(list(attribute.ints) for attribute in node.attribute if attribute.name == "axes")
 
 
 def _in_float16(graph: Any) -> None:

@@ -2,8 +2,9 @@
 
 Run as a file by `onnx_file.py`, so that nothing of this package is imported.
 
-Activations are unsigned, with a zero point: ONNX Runtime's kernels for x86 are of this kind, and of signed activations
-some stay in float there. Weights are signed and symmetric, with a scale for each output channel, and biases have the product of both scales (Jacob et al. 2018, arXiv 1712.05877).
+Activations are unsigned, with a zero point: of signed ones ONNX Runtime computes some in float on x86. Weights are
+signed and symmetric, with a scale for each output channel; biases have the product of both scales (Jacob et al. 2018,
+arXiv 1712.05877).
 """
 
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ def round_as_trained(graph: Any) -> None:
         if kinds != ["Clip", "Div", "Mul", "Sub", "Add"]:
             raise ValueError(f"the rounding of {node.name!r} was not recognised, it has {', '.join(kinds)}")
         scale = float(constants[divide.input[1]])
-        low, high = (float(constants[name]) for name in clip.input[1:3])
+        low = float(constants[clip.input[1]])
         # A ReLU before it may have raised the lower end.
         zero = int(np.clip(np.round(-low / scale), 0, LEVELS))
         for other in (divide, node, multiply, subtract):
@@ -53,8 +54,6 @@ def round_as_trained(graph: Any) -> None:
         _insert_pair(graph, add, clip.output[0], add.output[0], scale, zero)
         graph.node.remove(add)
         _drop_limit(graph, clip, scale, zero, constants)
-    for node in [node for node in graph.node if node.op_type in _MOVING]:
-        _move_behind_integers(graph, node)
 
 
 def round_by_images(model: Any, images: np.ndarray) -> None:
@@ -85,6 +84,52 @@ def round_by_images(model: Any, images: np.ndarray) -> None:
             _drop_limit(graph, maker, scale, zero, constants)
 
 
+def correct_biases(model: Any, images: np.ndarray) -> None:
+    """Moves each bias by what the rounding of the weights moves the mean of its sum (Nagel et al. 2019, section 4.2).
+
+    The means are those of `images`: beside each convolution another one runs, of what rounding changes.
+    """
+    copy = type(model).FromString(model.SerializeToString())
+    constants = _constants(copy.graph)
+    twins: dict[str, str] = {}
+    for node in [node for node in copy.graph.node if node.op_type in ("Conv", "Gemm")]:
+        bias = node.input[2] if len(node.input) > 2 else ""
+        if node.input[1] not in constants or bias not in constants or bias in twins.values():
+            continue
+        weights = constants[node.input[1]]
+        integers, scale, shape = _rounded(node, weights, False)
+        twin = type(node).FromString(node.SerializeToString())
+        twin.name = twin.output[0] = f"{node.output[0]}_lost"
+        twin.input[1:] = [f"{node.output[0]}_rounding"]
+        lost = weights - integers * scale.reshape(shape)
+        copy.graph.initializer.append(numpy_helper.from_array(lost.astype("float32"), twin.input[1]))
+        copy.graph.node.insert(list(copy.graph.node).index(node), twin)
+        twins[twin.output[0]] = bias
+    sums: dict[str, Any] = {}
+    for name, values in _values(copy, list(twins), images):
+        mean = values.mean(axis=(0, *range(2, values.ndim)), dtype="float64")
+        sums[name] = sums.get(name, 0) + mean * len(values) / len(images)
+    biases = {weight.name: weight for weight in model.graph.initializer}
+    for name, bias in twins.items():
+        values = numpy_helper.to_array(biases[bias]) + sums[name]
+        biases[bias].CopyFrom(numpy_helper.from_array(values.astype("float32"), bias))
+
+
+def _rounded(node: Any, weights: np.ndarray, whole: bool) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Weights as integers, their scales, and the shape of these that fits the weights."""
+    axis = _output_axis(node, weights)
+    others = tuple(i for i in range(weights.ndim) if i != axis)
+    largest = np.abs(weights).max() if whole else np.abs(weights).max(axis=others)
+    scale = np.maximum(largest, TINY).astype("float32") / np.float32(WEIGHT_LEVELS)
+    shape = [-1 if i == axis and not whole else 1 for i in range(weights.ndim)]
+    return np.round(weights / scale.reshape(shape)), scale, shape
+
+
+def _output_axis(node: Any, weights: np.ndarray) -> int:
+    transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+    return 0 if node.op_type == "Conv" or transposed else weights.ndim - 1
+
+
 def round_weights(graph: Any, per_tensor: tuple[str, ...] = ()) -> None:
     """Weights and biases as integers wherever a convolution or a classifier reads integers.
 
@@ -93,45 +138,42 @@ def round_weights(graph: Any, per_tensor: tuple[str, ...] = ()) -> None:
         per_tensor: operations whose weights have one scale.
     """
     constants = _constants(graph)
-    done: set[str] = set()
+    done = False
     for node in [node for node in graph.node if node.op_type in _WEIGHTED]:
         before = _producer(graph, node.input[0])
         if before is None or before.op_type != "DequantizeLinear" or node.input[1] not in constants:
             continue
         weights = constants[node.input[1]]
-        axis = 0 if node.op_type == "Conv" else weights.ndim - 1
-        if node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute):
-            axis = 0
-        others = tuple(i for i in range(weights.ndim) if i != axis)
-        whole = node.op_type in per_tensor
-        largest = np.abs(weights).max() if whole else np.abs(weights).max(axis=others)
-        scale = np.maximum(largest, TINY).astype("float32") / np.float32(WEIGHT_LEVELS)
+        axis, whole = _output_axis(node, weights), node.op_type in per_tensor
+        _, scale, shape = _rounded(node, weights, whole)
         step = float(constants[before.input[1]])
         bias = constants[node.input[2]] if len(node.input) > 2 and node.input[2] in constants else None
         if bias is not None:
             # A channel of tiny weights has a bias of too many steps.
             needed = np.abs(bias) / (step * LARGEST_BIAS)
             scale = np.maximum(scale, needed.max() if whole else needed).astype("float32")
-        shape = [-1 if i == axis else 1 for i in range(weights.ndim)]
-        integers = np.round(weights / (scale if whole else scale.reshape(shape))).astype("int8")
+        integers = np.round(weights / scale.reshape(shape)).astype("int8")
         prefix = node.output[0]
         node.input[1] = _constant_pair(graph, node, f"{prefix}_weights", integers, scale, None if whole else axis)
         if bias is not None:
             step_of_sum = (np.float32(step) * scale).astype("float32")
             integers = np.round(bias / step_of_sum).astype("int32")
             node.input[2] = _constant_pair(graph, node, f"{prefix}_bias", integers, step_of_sum, None if whole else 0)
-        done.add(node.op_type)
-    if "Conv" not in done and "Gemm" not in done and "MatMul" not in done:
+        done = True
+    if not done:
         raise ValueError("the model has no convolution or classifier that could compute with integers")
 
 
 def calibrate(model: Any, names: list[str], images: np.ndarray) -> dict[str, tuple[float, float]]:
-    """The least and the largest value of each tensor over the images; each range holds 0."""
-    found: dict[str, tuple[float, float]] = {}
+    """The least and the largest value of each tensor in an image, as the mean over the images; each range holds 0.
+
+    A few outliers then stretch no range.
+    """
+    sums: dict[str, np.ndarray] = {name: np.zeros(2) for name in names}
     for name, values in _values(model, names, images):
-        low, high = found.get(name, (0.0, 0.0))
-        found[name] = min(low, float(values.min())), max(high, float(values.max()))
-    return found
+        rows = values.reshape(len(values), -1)
+        sums[name] += np.minimum(rows.min(axis=1), 0).sum(), np.maximum(rows.max(axis=1), 0).sum()
+    return {name: (float(low) / len(images), float(high) / len(images)) for name, (low, high) in sums.items()}
 
 
 def _values(model: Any, names: list[str], images: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -159,17 +201,17 @@ def _activations(graph: Any) -> Iterator[str]:
     for node in graph.node:
         data = [name for name in node.input if name not in constants]
         joins = node.op_type in _JOINING and len(data) > 1
-        if node.op_type in _WEIGHTED and node.input[1] in constants or node.op_type in _POOLINGS or joins:
+        weighted = node.op_type in _WEIGHTED and node.input[1] in constants
+        if weighted or node.op_type in _POOLINGS or joins:
             wanted += data if joins else data[:1]
         if node.op_type == "Conv" or joins or node.op_type in _POOLINGS:
             wanted.append(_limited(graph, node.output[0]))
     for name in wanted:
-        while name is not None and name not in seen:
-            seen.add(name)
-            yield name
-            maker = _producer(graph, name)
-            # What is moved is rounded before, too.
-            name = maker.input[0] if maker is not None and maker.op_type in _MOVING else None
+        # What is moved is rounded before, too.
+        for tensor in dict.fromkeys((name, _moved_from(graph, name))):
+            if tensor not in seen:
+                seen.add(tensor)
+                yield tensor
 
 
 def _limited(graph: Any, name: str) -> str:
@@ -186,27 +228,23 @@ def _moved_from(graph: Any, name: str) -> str:
     return name
 
 
-def _insert_pair(
-    graph: Any, node: Any, source: str, target: str, scale: float, zero: int, after: bool = False
-) -> None:
+def _insert_pair(graph: Any, node: Any, source: str, target: str, scale: float, zero: int, after: bool = False) -> None:
     """Rounds `source` to `target`, before or after a node."""
     place = list(graph.node).index(node) + after
     names = [f"{target}_scale", f"{target}_zero"]
-    graph.initializer.append(numpy_helper.from_array(np.float32(scale), names[0]))
-    graph.initializer.append(numpy_helper.from_array(np.uint8(zero), names[1]))
+    graph.initializer.append(numpy_helper.from_array(np.array(scale, np.float32), names[0]))
+    graph.initializer.append(numpy_helper.from_array(np.array(zero, np.uint8), names[1]))
     integers = f"{target}_integers"
     graph.node.insert(place, helper.make_node("DequantizeLinear", [integers, *names], [target]))
     graph.node.insert(place, helper.make_node("QuantizeLinear", [source, *names], [integers]))
 
 
-def _constant_pair(
-    graph: Any, node: Any, name: str, integers: np.ndarray, scale: np.ndarray, axis: int | None
-) -> str:
+def _constant_pair(graph: Any, node: Any, name: str, integers: np.ndarray, scale: np.ndarray, axis: int | None) -> str:
     """A constant as integers with what gives their values; the name of these."""
     names = [f"{name}_integers", f"{name}_scale", f"{name}_zero"]
     for key, value in zip(names, (integers, scale, np.zeros(scale.shape, integers.dtype)), strict=True):
         graph.initializer.append(numpy_helper.from_array(np.asarray(value), key))
-    how = {} if axis is None else {"axis": axis}
+    how: dict[str, Any] = {} if axis is None else {"axis": axis}
     pair = helper.make_node("DequantizeLinear", names, [name], **how)
     graph.node.insert(list(graph.node).index(node), pair)
     return name
@@ -216,26 +254,34 @@ def _drop_limit(graph: Any, limit: Any, scale: float, zero: int, constants: dict
     """Removes a Clip or a ReLU that the range of the integers behind it implies."""
     low, high = 0.0, np.inf
     if limit.op_type == "Clip":
-        low, high = (float(constants[name]) if name else default for name, default in zip(
-            [*limit.input[1:], "", ""][:2], (-np.inf, np.inf), strict=True))
+        ends = zip([*limit.input[1:], "", ""][:2], (-np.inf, np.inf), strict=True)
+        low, high = (float(constants[name]) if name else default for name, default in ends)
     slack = scale * 1e-3
-    if low > -zero * scale + slack or high < (LEVELS - zero) * scale - slack or len(_readers(graph, limit.output[0])) > 1:
+    needed = low > -zero * scale + slack or high < (LEVELS - zero) * scale - slack
+    if needed or len(_readers(graph, limit.output[0])) > 1:
         return
     for reader in _readers(graph, limit.output[0]):
         reader.input[:] = [limit.input[0] if name == limit.output[0] else name for name in reader.input]
     graph.node.remove(limit)
 
 
-def _move_behind_integers(graph: Any, node: Any) -> None:
-    """Rounds before a node that only moves numbers, too: what is before it then ends with integers."""
-    before, readers = _producer(graph, node.input[0]), _readers(graph, node.output[0])
-    if before is None or before.op_type == "DequantizeLinear" or [r.op_type for r in readers] != ["QuantizeLinear"]:
-        return
+def round_what_moves(graph: Any) -> None:
+    """Rounds on both sides of what only moves numbers, where one side is rounded: the integers are the same."""
     constants = _constants(graph)
-    scale, zero = (constants[name] for name in readers[0].input[1:])
-    name = f"{node.input[0]}_rounded"
-    _insert_pair(graph, node, node.input[0], name, float(scale), int(zero))
-    node.input[0] = name
+    for node in [node for node in graph.node if node.op_type in _MOVING]:
+        before, readers = _producer(graph, node.input[0]), _readers(graph, node.output[0])
+        given = before is not None and before.op_type == "DequantizeLinear"
+        wanted = [reader.op_type for reader in readers] == ["QuantizeLinear"]
+        if given == wanted:
+            continue
+        scale, zero = (constants[name] for name in (before if given else readers[0]).input[1:])
+        name = node.output[0] if given else node.input[0]
+        if given:
+            node.output[0] = f"{name}_moved"
+            _insert_pair(graph, node, node.output[0], name, float(scale), int(zero), after=True)
+        else:
+            node.input[0] = f"{name}_rounded"
+            _insert_pair(graph, node, name, node.input[0], float(scale), int(zero))
 
 
 def _constants(graph: Any) -> dict[str, np.ndarray]:

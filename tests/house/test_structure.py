@@ -66,6 +66,8 @@ FLOORS = {
     "model": 9,
     "formats": 0,
     "formats.converters": 0,
+    "formats.onnx_file": 0,
+    "formats.onnx_integers": 0,
     "formats.runtimes": 0,
     "formats.graphs": 1,
     "export": 9,

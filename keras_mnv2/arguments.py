@@ -6,9 +6,6 @@ from typing import Any
 import keras
 
 from keras_mnv2.checks import check_choice
-from keras_mnv2.checks import check_flag as check_flag
-from keras_mnv2.checks import check_path as check_path
-from keras_mnv2.checks import check_rate as check_rate
 
 NORMS = ("batch_norm", "sync_batch_norm", "group_norm")
 FLOATS = ("float16", "bfloat16", "float32", "float64")

@@ -20,7 +20,7 @@ import numpy as np
 from keras_mnv2.checks import check_whole
 from keras_mnv2.classifier import IMAGENET, SCALES, Classifier, load_classifier, load_model
 from keras_mnv2.cost import cost_profile
-from keras_mnv2.export import FORMATS, IO_DTYPES, PRECISIONS, export
+from keras_mnv2.export import FORMATS, IO_DTYPES, LAYOUTS, PRECISIONS, export
 from keras_mnv2.folders import SUFFIXES, images_below
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.photographs import evaluation_data
@@ -108,11 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     export_.add_argument("model", metavar="MODEL", help="a whole model as .keras, or a published checkpoint by name")
     export_.add_argument("path", metavar="OUT", help="ends in .onnx, .tflite, .xml or .pt2; a SavedModel is a folder")
     export_.add_argument("--format", choices=FORMATS, help="by default that of OUT's suffix")
-    export_.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of LiteRT (default float32)")
+    export_.add_argument(
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of LiteRT and ONNX (default float32)"
+    )
     export_.add_argument(
         "--calibration", metavar="FOLDER", help=f"photographs for int8; {CALIBRATION_IMAGES} of them are used"
     )
-    export_.add_argument("--io-dtype", choices=IO_DTYPES, default=IO_DTYPES[0], help="of int8 (default int8)")
+    export_.add_argument("--io-dtype", choices=IO_DTYPES, default=IO_DTYPES[0], help="of LiteRT's int8 (default int8)")
+    export_.add_argument("--opset", type=int, help="of ONNX, 13 to 23 (default the lowest that the model needs)")
+    export_.add_argument("--layout", choices=LAYOUTS, help="of ONNX's input (default that of the model)")
     export_.add_argument("--no-fold", action="store_true", help="leaves the batch norms as they are")
     export_.add_argument("--labels", metavar="FILE", help="of the classes: 'imagenet', or a file with a class a line")
     export_.add_argument("--overwrite", action="store_true", help="replaces what is at OUT")
@@ -271,6 +275,8 @@ def _export(options: argparse.Namespace) -> None:
             precision=options.precision,
             calibration=None if options.calibration is None else _calibration(options.calibration, model, how),
             io_dtype=options.io_dtype,
+            opset=options.opset,
+            layout=options.layout,
             fold=not options.no_fold,
             labels=labels,
             preprocessing=how if format in ("litert", "web") else None,

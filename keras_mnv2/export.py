@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from keras_mnv2.annotations import PathLike, Tensor
-from keras_mnv2.arguments import check_choice, check_flag, check_path
+from keras_mnv2.checks import check_choice, check_flag, check_path, check_whole
 from keras_mnv2.files import folder_beside
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, runtimes, web
@@ -65,9 +65,14 @@ FORMATS = {
     "keras": _Format(keras.backend.backend(), (), ".keras", ""),
 }
 PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
+# What a format has besides float32.
+_PRECISIONS_OF = {"litert": PRECISIONS, "onnx": ("float32", "float16", "int8")}
 IO_DTYPES = ("int8", "uint8")
 # Those that can hold the names of the classes.
 LABELLED = ("tf_saved_model", "litert", "web")
+LAYOUTS = ("NHWC", "NCHW")
+# Of ONNX: the first with a scale for each channel, and the newest that PyTorch and ONNX Runtime share.
+OPSETS = (13, 23)
 # The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
 # float32, and where weights are rounded to 16 bits up to 0.03 in untrained networks; a wrong one about 1.
 LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 1e-1}
@@ -124,6 +129,8 @@ def export(
     precision: str = "float32",
     calibration: Tensor | None = None,
     io_dtype: str = "int8",
+    opset: int | None = None,
+    layout: str | None = None,
     fold: bool | None = None,
     labels: Sequence[str] | str | None = None,
     preprocessing: str | Checkpoint | Preprocessing | None = None,
@@ -146,11 +153,15 @@ def export(
             `"keras"`, a model of Keras's own classes that `keras.models.load_model` reads without this package, on any
             backend, to predict or to train on.
         precision: `"float32"`; with `format="litert"` also `"float16"` (weights of 16 bits), `"dynamic_int8"` (weights
-            of 8 bits) or `"int8"` (whole numbers alone). A model of `quantize_aware` has `"int8"` there.
+            of 8 bits) or `"int8"` (whole numbers alone). A model of `quantize_aware` has `"int8"` there. With
+            `format="onnx"` also `"float16"` (computes in 16 bits) or `"int8"` (computes with whole numbers); its input
+            and output stay float32.
         calibration: for `precision="int8"`, images `(n, *model.input_shape[1:])` as the model takes them: the ranges of
             its activations are those that these give. Some hundred are enough. A model of `quantize_aware` has ranges
             of its own.
-        io_dtype: for `precision="int8"`, the type of input and output, `"int8"` or `"uint8"`.
+        io_dtype: for LiteRT's `precision="int8"`, the type of input and output, `"int8"` or `"uint8"`.
+        opset: for ONNX, 13 to 23; by default the lowest that the model needs, mostly 13, which old runtimes read too.
+        layout: for ONNX, `"NHWC"` or `"NCHW"`: how the file takes its images; by default as the model does.
         fold: whether to fold the batch norms into the kernels (`fold_batch_norm`) first; by default for each format
             but `"keras"`.
         labels: for a SavedModel, LiteRT and a page, the names of the classes, or `"imagenet"`: an asset, one name a
@@ -183,6 +194,7 @@ def export(
     overwrite, verbose = check_flag("overwrite", overwrite), check_flag("verbose", verbose)
     fold = None if fold is None else check_flag("fold", fold)
     quantized = _check(model, path, format, precision, calibration, io_dtype, overwrite)
+    opset, layout = _check_onnx(model, format, opset, layout)
     if isinstance(model, keras.Sequential):
         # The same layers: a sequential model does not name its outputs.
         model = keras.Model(model.inputs, model.outputs, name=model.name)
@@ -214,6 +226,7 @@ def export(
         if format in converters.CONVERTERS or format == "web":
             options: dict[str, Any] = {"input_name": input_name(model), "output_names": output_names(source)}
             options |= {"precision": precision, "io_dtype": io_dtype, "quantized": quantized}
+            options |= {"opset": opset, "layout": layout}
             if calibration is not None:
                 np.save(folder / "calibration.npy", calibration)
                 options["calibration"] = str(folder / "calibration.npy")
@@ -226,7 +239,7 @@ def export(
             _write(source, target, format, labels)
         else:
             _cross_over(source, folder, format, target, labels)
-        report = _compare(model, checked, images, folder, path, format, precision, quantized)
+        report = _compare(model, checked, images, folder, path, format, precision, quantized, layout)
         _move(target.parent, path, folder, overwrite)
     if verbose:
         print(report)
@@ -241,9 +254,13 @@ def _check(
         raise ValueError(f"model must be a built Keras model, got {model!r}.")
     if len(model.inputs) != 1:
         raise ValueError(f"model must have one input, got {len(model.inputs)}.")
-    check_choice("precision", precision, PRECISIONS if format == "litert" else PRECISIONS[:1])
+    check_choice("precision", precision, _PRECISIONS_OF.get(format, PRECISIONS[:1]))
     check_choice("io_dtype", io_dtype, IO_DTYPES)
+    if io_dtype != IO_DTYPES[0] and format != "litert":
+        raise ValueError(f'io_dtype must be left out but for format="litert", got {io_dtype!r} for {format!r}.')
     quantized = is_quantized(model)
+    if quantized and precision == "float16":
+        raise ValueError('precision must be "float32" or "int8" for a model of quantize_aware, got \'float16\'.')
     if quantized and format == "litert" and precision != "int8":
         raise ValueError(f'precision must be "int8" for a model of quantize_aware as LiteRT, got {precision!r}.')
     if precision == "int8" and not quantized and calibration is None:
@@ -262,6 +279,22 @@ def _check(
             kind = "a file" if suffix else "a SavedModel" if format == "tf_saved_model" else "a page"
             raise ValueError(f"path must be new, or {kind} with overwrite=True, got {str(file)!r}, which exists.")
     return quantized
+
+
+def _check_onnx(
+    model: keras.Model, format: str, opset: int | None, layout: str | None
+) -> tuple[int | None, str | None]:
+    """Checks what only ONNX has; the layout is None where it is the model's own."""
+    for name, value in (("opset", opset), ("layout", layout)):
+        if value is not None and format != "onnx":
+            raise ValueError(f'{name} must be left out but for format="onnx", got {value!r} for {format!r}.')
+    opset = None if opset is None else check_whole("opset", opset, OPSETS[0], OPSETS[1])
+    check_choice("layout", layout, (None, *LAYOUTS))
+    shape = model.inputs[0].shape
+    if layout is not None and len(shape) != 4:
+        raise ValueError(f"layout must be left out for a model that does not take images, got {layout!r}.")
+    own = LAYOUTS[len(shape) == 4 and shape[1] in (1, 3) and shape[3] not in (1, 3)]
+    return opset, None if layout == own else layout
 
 
 def _labels(model: keras.Model, format: str, labels: Sequence[str] | str | None) -> list[str] | None:
@@ -413,10 +446,13 @@ def _compare(
     format: str,
     precision: str,
     quantized: bool,
+    layout: str | None,
 ) -> ExportReport:
     """Runs the file in its own runtime, at two batch sizes, and reports how its outputs differ."""
     batches = [images, images[:1] if len(images) > 1 else np.repeat(images, 2, axis=0)]
-    np.savez(folder / "images.npz", *batches)
+    # A file of another layout than the model takes the same images in its own.
+    moved = {None: lambda x: x, "NCHW": lambda x: np.moveaxis(x, -1, 1), "NHWC": lambda x: np.moveaxis(x, 1, -1)}
+    np.savez(folder / "images.npz", *map(moved[layout], batches))
     arguments = (runtimes.__file__, target, folder / "images.npz", folder / "outputs.npz")
     also = ("--reference",) if (format, precision) == ("litert", "int8") else ()
     _run(*arguments, *also, backend=keras.backend.backend() if format == "keras" else "tensorflow")

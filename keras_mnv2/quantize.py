@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_mnv2 import ops
 from keras_mnv2.annotations import Shape, Tensor
-from keras_mnv2.arguments import check_choice, check_rate
+from keras_mnv2.checks import check_choice, check_rate
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
 from keras_mnv2.layers.fusing import Group, Part, role_of
 from keras_mnv2.norms import is_plain_batch_norm
@@ -62,8 +62,8 @@ def quantize_aware(model: keras.Model) -> keras.Model:
     Weights are rounded symmetrically with a scale for each output channel of a convolution; the input and each
     activation to 256 levels of a range that training follows. Batch norms are folded into the kernels before
     these are rounded (Jacob et al. 2018, arXiv 1712.05877, section 3). Train the model in float first, then this
-    one for a few epochs at a low learning rate; `export(..., format="litert", precision="int8")` then writes
-    the integers that it computed with.
+    one for a few epochs at a low learning rate; `export(..., precision="int8")` as LiteRT or ONNX then writes the
+    integers that it computed with.
 
     Args:
         model: a functional or sequential model of float32 with one input, of this package's layers and of

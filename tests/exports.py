@@ -13,6 +13,8 @@ from tests.helpers import randomise
 FORMATS = [
     ("tf_saved_model", "float32", "model"),
     ("onnx", "float32", "model.onnx"),
+    ("onnx", "float16", "model.onnx"),
+    ("onnx", "int8", "model.onnx"),
     ("litert", "float32", "model.tflite"),
     ("litert", "float16", "model.tflite"),
     ("litert", "dynamic_int8", "model.tflite"),
@@ -22,7 +24,7 @@ FORMATS = [
 ]
 # Each format on one backend, and each way to it: from this process, and through another.
 HERE = {
-    "tensorflow": ("tf_saved_model", "onnx", "openvino", "litert float16"),
+    "tensorflow": ("tf_saved_model", "onnx int8", "openvino", "litert float16"),
     "jax": ("tf_saved_model", "torch", "litert int8"),
     "torch": ("torch", "onnx", "litert float32", "litert dynamic_int8", "litert int8"),
 }[keras.backend.backend()]

@@ -4,6 +4,7 @@ Run as a file, so that nothing of this package is imported: a converter that fai
 """
 
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,6 @@ from typing import Any
 
 import numpy as np
 
-# The newest that the runtimes of the field (ONNX Runtime, TensorRT, OpenVINO) share.
-OPSET = 23
 # What a file of integers has beside it, in float32, for its exact numbers.
 REFERENCE = ".reference.tflite"
 
@@ -70,70 +69,9 @@ def _check_integers(content: bytes) -> None:
         raise ValueError(f"{len(floats)} of {len(tensors)} tensors would stay in float32, such as {floats[0]!r}")
 
 
-def to_onnx(source: Path, target: Path, input_name: str, output_names: list[str], **_: Any) -> None:
-    """A `.pt2` file to an ONNX file by PyTorch's exporter; ONNX Runtime then removes what cancels out."""
-    import onnx
-    import onnxruntime
-    import torch
-
-    program = torch.onnx.export(
-        torch.export.load(source),
-        dynamo=True,
-        verbose=False,
-        external_data=False,
-        opset_version=OPSET,
-        input_names=[input_name],
-        output_names=output_names,
-    )
-    assert program is not None
-    first = target.with_suffix(".first.onnx")
-    program.save(first)
-    # "Basic" keeps to standard operations. What goes: the pairs of transposes between PyTorch's and the model's layout.
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(target)
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(str(first), options, providers=["CPUExecutionProvider"])
-    first.unlink()
-    model = onnx.load(target)
-    used = {node.domain for node in model.graph.node}
-    domains = [opset for opset in model.opset_import if opset.domain in used]
-    del model.opset_import[:]
-    model.opset_import.extend(domains)
-    for value in (*model.graph.input, *model.graph.output):
-        if value.type.tensor_type.shape.dim[0].dim_param:
-            value.type.tensor_type.shape.dim[0].dim_param = "batch"
-    _trim_kernels(model.graph)
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save(model, target)
-
-
-def _trim_kernels(graph: Any) -> None:
-    """Removes leading rows and columns of zeros from kernels, and as many zeros from the padding.
-
-    On PyTorch they stand for TensorFlow's uneven padding, which an ONNX convolution has an attribute for.
-    """
-    import onnx
-
-    weights = {weight.name: weight for weight in graph.initializer}
-    names = [name for node in graph.node for name in node.input]
-    for node in graph.node:
-        weight = weights.get(node.input[1]) if node.op_type == "Conv" else None
-        if weight is None or names.count(weight.name) > 1:
-            continue
-        kernel = onnx.numpy_helper.to_array(weight)
-        attributes = {attribute.name: attribute for attribute in node.attribute}
-        if "pads" not in attributes or "kernel_shape" not in attributes or kernel.ndim != 4:
-            continue
-        pads, shape = attributes["pads"].ints, attributes["kernel_shape"].ints
-        if min(pads[:2]) < 1 or min(shape) < 2 or kernel[:, :, 0].any() or kernel[:, :, :, 0].any():
-            continue
-        pads[:] = [pads[0] - 1, pads[1] - 1, *pads[2:]]
-        shape[:] = [side - 1 for side in shape]
-        described = [value for value in graph.value_info if value.name != weight.name]
-        del graph.value_info[:]
-        graph.value_info.extend(described)
-        weight.CopyFrom(onnx.numpy_helper.from_array(kernel[:, :, 1:, 1:].copy(), weight.name))
+def to_onnx(source: Path, target: Path, **options: Any) -> None:
+    """A `.pt2` file to an ONNX file; see `onnx_file.py`, which is run as a file too."""
+    runpy.run_path(str(Path(__file__).with_name("onnx_file.py")))["write_onnx"](source, target, **options)
 
 
 def to_openvino(source: Path, target: Path, **_: Any) -> None:

@@ -70,6 +70,8 @@ LEVELS = {
     "segmentation": 10,
     "formats": 0,
     "formats.converters": 0,
+    "formats.onnx_file": 0,
+    "formats.onnx_integers": 0,
     "formats.runtimes": 0,
     "formats.graphs": 1,
     "formats.litert_file": 0,

@@ -96,6 +96,34 @@ def test_folding_its_batch_norms_changes_no_bit_of_its_kernels(trained):
     assert np.abs(folded.predict(images, verbose=0) - quantized.predict(images, verbose=0)).max() <= 1e-5
 
 
+@once
+def test_the_8_bit_onnx_file_gives_its_predictions_and_holds_its_integers(trained, tmp_path):
+    import onnx
+
+    _, quantized, images, _, _ = trained
+    path = tmp_path / "model.onnx"
+    report = keras_mnv2.export(quantized, path, "onnx", precision="int8", sample=images, verbose=False)
+    note("int8 of quantisation-aware training as ONNX: mean absolute error", report.mean_absolute_error)
+    assert report.top1_agreement >= 0.97
+    assert report.mean_absolute_error <= 0.01
+    graph = onnx.load(path).graph
+    kinds = [node.op_type for node in graph.node]
+    # Each activation's rounding is a pair of its own, and nothing limits what the integers limit.
+    assert "Round" not in kinds
+    assert "Clip" not in kinds
+    arrays = [onnx.numpy_helper.to_array(w) for w in graph.initializer if len(w.dims) == 4]
+    stored = [array for array in arrays if array.dtype == np.int8]
+    kernels = [w for w in keras_mnv2.fold_batch_norm(quantized).weights if w.path.endswith("/kernel")]
+    kernels = [numpy(w) for w in kernels if len(w.shape) == 4]
+    assert len(stored) == len(kernels)
+    for kernel in kernels:
+        # ONNX's order: (out, in, height, width), and (channels, 1, height, width) where it is depthwise.
+        depthwise = kernel.shape[-1] == 1
+        kernel = kernel.transpose(2, 3, 0, 1) if depthwise else kernel.transpose(3, 2, 0, 1)
+        integers = np.round(kernel / (np.abs(kernel).max((1, 2, 3), keepdims=True) / 127))
+        assert min((s != integers).mean() for s in stored if s.shape == kernel.shape) <= 0.01
+
+
 def test_the_int8_file_gives_its_predictions_and_holds_its_integers(trained, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 

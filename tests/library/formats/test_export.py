@@ -67,22 +67,87 @@ def test_a_saved_model_has_names_labels_and_any_batch(decided, exported):
 
 
 @once
-def test_an_onnx_file_is_standard_and_lean(exported):
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_an_onnx_file_is_standard_and_lean(precision, exported):
     import onnx
 
-    model = onnx.load(exported("onnx").path)
+    model = onnx.load(exported("onnx", precision).path)
     onnx.checker.check_model(model, full_check=True)
-    assert [(opset.domain, opset.version >= 23) for opset in model.opset_import] == [("", True)]
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 13)]
+    assert model.ir_version <= 8
+    assert not model.graph.value_info
     kinds = [node.op_type for node in model.graph.node]
     assert kinds.count("Conv") == 1 + 2 + 2 * 3 + 1
-    assert kinds.count("Transpose") <= 2
-    assert "BatchNormalization" not in kinds
-    assert "Pad" not in kinds
+    # The input's layout.
+    assert kinds.count("Transpose") == 1
+    assert {"GlobalAveragePool", "Flatten", "Gemm"} <= set(kinds)
+    assert not {"BatchNormalization", "Pad", "ReduceMean"} & set(kinds)
     (image,), (scores,) = model.graph.input, model.graph.output
     assert (image.name, scores.name) == ("image", "predictions")
     assert [d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim] == ["batch", 32, 32, 3]
-    kernels = {tuple(w.dims[2:]) for w in model.graph.initializer if len(w.dims) == 4}
+    assert [d.dim_param or d.dim_value for d in scores.type.tensor_type.shape.dim] == ["batch", 5]
+    assert {v.type.tensor_type.elem_type for v in (image, scores)} == {onnx.TensorProto.FLOAT}
+    kernels = {tuple(w.dims[2:]) for w in model.graph.initializer if len(w.dims) == 4 and w.dims[0] > 1}
     assert kernels == {(1, 1), (3, 3)}
+    halves = {"float32": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16}[precision]
+    assert {w.data_type for w in model.graph.initializer if len(w.dims) == 4} == {halves}
+
+
+def kinds_that_run(path, folder):
+    """The operations that ONNX Runtime makes of a file."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+@once
+def test_an_8_bit_onnx_file_runs_with_integers(exported, tmp_path):
+    report = exported("onnx", "int8")
+    kinds = kinds_that_run(report.path, tmp_path)
+    assert kinds.count("QLinearConv") == 1 + 2 + 2 * 3 + 1
+    assert kinds.count("QLinearAdd") == 1
+    assert {"QLinearGlobalAveragePool", "QGemm"} <= set(kinds)
+    # What stays in float is the scaling of the pixels and the softmax.
+    assert not {"Conv", "Gemm", "Clip", "GlobalAveragePool"} & set(kinds)
+    assert report.top1_agreement >= 0.9
+    assert report.size < 0.5 * exported("onnx").size
+
+
+@once
+def test_an_onnx_file_of_another_layout_and_opset(decided, tmp_path):
+    import onnx
+
+    model, images = decided
+    common = {"layout": "NCHW", "opset": 17, "verbose": False, "precision": "int8", "calibration": images}
+    keras_mnv2.export(model, tmp_path / "a.onnx", "onnx", **{**common, "precision": "float32", "calibration": None})
+    report = keras_mnv2.export(model, tmp_path / "b.onnx", "onnx", **common)
+    assert report.top1_agreement >= 0.9
+    for name in ("a.onnx", "b.onnx"):
+        file = onnx.load(tmp_path / name)
+        assert "Transpose" not in [node.op_type for node in file.graph.node]
+        assert [opset.version for opset in file.opset_import] == [17]
+        assert [d.dim_value for d in file.graph.input[0].type.tensor_type.shape.dim] == [0, 3, 32, 32]
+    expected = model.predict(images, verbose=0)
+    (found,) = keras_mnv2.load_export(tmp_path / "a.onnx")(np.moveaxis(images, -1, 1)).values()
+    np.testing.assert_allclose(found, expected, atol=5e-5)
+    # A classifier takes NHWC, whatever the file does.
+    np.testing.assert_allclose(keras_mnv2.load_classifier(tmp_path / "a.onnx").scores(images), expected, atol=5e-5)
+
+
+@once
+def test_an_opset_that_cannot_hold_the_model_is_one_sentence(tmp_path):
+    image = keras.Input((8, 8, 3))
+    model = keras.Model(image, keras.layers.LayerNormalization()(image))
+    with pytest.raises(
+        RuntimeError, match="opset must be at least 17 for this model, whose LayerNormalization needs it"
+    ):
+        keras_mnv2.export(model, tmp_path / "a.onnx", "onnx", opset=13)
+    assert not list(tmp_path.iterdir())
 
 
 @once
@@ -223,6 +288,13 @@ def test_a_path_that_exists_is_kept_unless_it_may_be_replaced(decided, tmp_path)
             {"format": "litert", "precision": "int8", "calibration": np.zeros((4, 3, 32, 32))},
             r"calibration must have the shape \(batch, \*\(32, 32, 3\)\), got \(4, 3, 32, 32\)",
         ),
+        ({"format": "onnx", "precision": "dynamic_int8"}, "precision must be one of 'float32', 'float16', 'int8', got"),
+        ({"format": "onnx", "precision": "int8"}, "calibration must be images .* got None"),
+        ({"format": "onnx", "io_dtype": "uint8"}, "io_dtype must be left out but for format=\"litert\", got 'uint8'"),
+        ({"format": "onnx", "opset": 12}, "opset must be a whole number of at least 13 and at most 23, got 12"),
+        ({"opset": 13}, "opset must be left out but for format=\"onnx\", got 13 for 'tf_saved_model'"),
+        ({"format": "onnx", "layout": "CHW"}, "layout must be one of None, 'NHWC', 'NCHW', got 'CHW'"),
+        ({"layout": "NCHW"}, "layout must be left out but for"),
         ({"io_dtype": "int16"}, "io_dtype must be one of 'int8', 'uint8', got 'int16'"),
         ({"labels": ["a", "b"]}, 'labels must be "imagenet" or 5 names of one line each, got 2 of them'),
         ({"labels": "imagenet"}, "labels must be .*, got 1000 of them"),

@@ -5,6 +5,7 @@ with that backend, on a model in a `.keras` file.
 """
 
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -51,9 +52,20 @@ def write_saved_model(model: keras.Model, path: Path, labels: Sequence[str] | No
         tf.saved_model.save(module, str(path), signatures=signatures)
 
 
-def write_exported_program(model: keras.Model, path: Path) -> None:
-    """Writes a `.pt2` file of `torch.export`, on PyTorch: a batch of any size in, a tensor or a dict of tensors out."""
+def write_exported_program(model: keras.Model, path: Path, batch: int | None = None) -> None:
+    """Writes a `.pt2` file of `torch.export`, on PyTorch: a batch in, a tensor or a dict of tensors out.
+
+    The weights are constants as convolutions read them, (out, in, height, width), and images are NCHW between them.
+    Input, and the one output, have the model's names in the graph; the extra file `outputs.json` lists the outputs'.
+
+    Args:
+        model: built, with one input.
+        path: file to write.
+        batch: how many images the program takes; any number by default.
+    """
     import torch
+
+    from keras_mnv2.formats.exported_program import name_output, simplified
 
     class Program(torch.nn.Module):
         """The model with its weights as plain buffers: Keras's own would be written twice."""
@@ -61,7 +73,7 @@ def write_exported_program(model: keras.Model, path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             # Two layers of nested models may have one path.
-            self.names = [f"{v.path.replace('/', '_').replace('.', '_')}_{i}" for i, v in enumerate(model.variables)]
+            self.names = [f"{_word(v.path)}_{i}" for i, v in enumerate(model.variables)]
             for name, variable in zip(self.names, model.variables, strict=True):
                 self.register_buffer(name, variable.value.detach().clone().contiguous())
 
@@ -71,15 +83,30 @@ def write_exported_program(model: keras.Model, path: Path) -> None:
                 y = model(x, training=False)
             return named(model, y) if len(model.outputs) > 1 else next(iter(named(model, y).values()))
 
+    # The program's input is called as the argument is.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in ("self", _word(input_name(model)))]
+    Program.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     image = model.inputs[0]
     # A size of 1 would be taken as a constant.
-    sample = torch.zeros([2, *(n or TRACED_SIDE for n in image.shape[1:])], dtype=getattr(torch, image.dtype))
-    free = {i: torch.export.Dim.DYNAMIC for i, n in enumerate(image.shape) if n is None}
+    sample = torch.zeros([batch or 2, *(n or TRACED_SIDE for n in image.shape[1:])], dtype=getattr(torch, image.dtype))
+    shape = [batch, *image.shape[1:]]
+    free = ({i: torch.export.Dim.DYNAMIC for i, n in enumerate(shape) if n is None},)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.export.export(Program(), (sample,), dynamic_shapes={"x": free}, strict=False)
+        program = torch.export.export(Program(), (sample,), dynamic_shapes=free, strict=False)
+        module = simplified(program)
+        program = torch.export.export(module, (sample,), dynamic_shapes=free, strict=False)
+        names = output_names(model)
+        if len(names) == 1:
+            name_output(program, _word(names[0]))
         program.example_inputs = None
-        torch.export.save(program, path)
+        torch.export.save(program, path, extra_files={"outputs.json": json.dumps(names)})
+
+
+def _word(name: str) -> str:
+    """A name as PyTorch's graphs have them."""
+    return re.sub(r"\W", "_", name)
 
 
 def named(model: keras.Model, outputs: Any) -> dict[str, Tensor]:

@@ -5,9 +5,11 @@ exported file must not need it.
 """
 
 import contextlib
+import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,20 +138,41 @@ def _openvino(path: Path) -> Loaded:
 
 
 def _torch(path: Path) -> Loaded:
+    files = {"outputs.json": ""}
     with _without_triton():
         import torch
 
-        program = torch.export.load(path)
+        program = torch.export.load(path, extra_files=files)
+    # Files of version 0.1.0 do not name their outputs.
+    names = json.loads(files["outputs.json"] or '["output"]')
     module = program.module()
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if hasattr(node.meta.get("val"), "shape")]
     (name,) = program.graph_signature.user_inputs
     (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
+    count = _images_in_cache(shape, shapes)
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        batch = torch.from_numpy(np.asarray(images, "float32"))
         with torch.no_grad():
-            y = module(torch.from_numpy(np.asarray(images, "float32")))
-        return {key: value.numpy() for key, value in (y if isinstance(y, dict) else {"output": y}).items()}
+            parts = [module(part) for part in batch.split(count)]
+        if isinstance(parts[0], dict):
+            return {key: torch.cat([part[key] for part in parts]).numpy() for key in parts[0]}
+        return {names[0]: torch.cat(parts).numpy()}
 
     return run, shape
+
+
+def _images_in_cache(shape: Sequence[Any], shapes: list[Any]) -> int:
+    """How many images PyTorch runs at once: so many that their widest tensor needs no memory mapped for each call.
+
+    glibc does that from 32 MB on. Keras's model runs in the same parts (`ops.torch.CHUNK_BYTES`).
+    """
+    if isinstance(shape[0], int):
+        return shape[0]
+    of_images = [other[1:] for other in shapes if len(other) == 4 and not isinstance(other[0], int)]
+    if not all(isinstance(n, int) for sizes in of_images for n in sizes):
+        return BATCH
+    return max(1, int(20e6 / max(4 * math.prod(sizes) for sizes in of_images)))
 
 
 @contextlib.contextmanager

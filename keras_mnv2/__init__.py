@@ -3,6 +3,7 @@
 import keras_mnv2.backend  # noqa: F401  First: it chooses what Keras starts.  isort: skip
 
 from keras_mnv2 import applications, layers
+from keras_mnv2.accelerate import Accelerated, accelerate
 from keras_mnv2.classifier import Classifier, load_classifier
 from keras_mnv2.cost import CostProfile, cost_profile
 from keras_mnv2.export import ExportReport, export
@@ -26,12 +27,14 @@ from keras_mnv2.weights.table import Checkpoint, Preprocessing, list_weights
 
 __version__ = "0.1.0"
 __all__ = [
+    "Accelerated",
     "Checkpoint",
     "Classifier",
     "CostProfile",
     "ExportReport",
     "MobileNetV2",
     "Preprocessing",
+    "accelerate",
     "applications",
     "class_folders",
     "cost_profile",

@@ -269,8 +269,13 @@ def _sample(model: keras.Model, sample: Any, calibration: np.ndarray | None) -> 
     return _images(model, "sample", sample)
 
 
+def missing_packages(format: str) -> list[str]:
+    """What a format needs and is not installed, as modules."""
+    return [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
+
+
 def _require(format: str) -> None:
-    missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
+    missing = missing_packages(format)
     if missing:
         raise ImportError(
             f'format="{format}" needs {" and ".join(missing)}, which is not installed: '

@@ -93,7 +93,7 @@ def _onnx(path: Path) -> Loaded:
     dtype = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}[image.type]
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(names, session.run(None, {image.name: images.astype(dtype)}), strict=True))
+        return dict(zip(names, session.run(None, {image.name: np.asarray(images, dtype)}), strict=True))
 
     return run, image.shape
 
@@ -102,16 +102,25 @@ def _litert(path: Path) -> Loaded:
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count())
-    run_signature = interpreter.get_signature_runner("serving_default")
-    ((name, image),) = run_signature.get_input_details().items()
-    outputs = run_signature.get_output_details()
+    signature = interpreter.get_signature_runner("serving_default")
+    (image,) = signature.get_input_details().values()
+    outputs = signature.get_output_details()
+    allocated: list[tuple[int, ...]] = []
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
         if np.issubdtype(image["dtype"], np.integer):
             scale, zero_point = image["quantization"]
             limits = np.iinfo(image["dtype"])
             images = np.clip(np.round(images / scale) + zero_point, limits.min, limits.max)
-        found = run_signature(**{name: images.astype(image["dtype"])})
+        # A signature would allocate all tensors anew at each call.
+        if allocated != [images.shape]:
+            allocated.clear()  # Where it fails, the next call tries again.
+            interpreter.resize_tensor_input(image["index"], images.shape)
+            interpreter.allocate_tensors()
+            allocated.append(images.shape)
+        interpreter.set_tensor(image["index"], np.asarray(images, image["dtype"]))
+        interpreter.invoke()
+        found = {key: interpreter.get_tensor(output["index"]) for key, output in outputs.items()}
         return {key: _real(value, *outputs[key]["quantization"]) for key, value in found.items()}
 
     return run, [int(n) for n in image["shape_signature"]]
@@ -119,7 +128,7 @@ def _litert(path: Path) -> Loaded:
 
 def _real(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
     if not np.issubdtype(value.dtype, np.integer):
-        return value.copy()
+        return value
     return (value.astype("float32") - zero_point) * np.float32(scale)
 
 
@@ -131,7 +140,8 @@ def _openvino(path: Path) -> Loaded:
     request = compiled.create_infer_request()
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
-        found = request.infer([images.astype("float32")])
+        # The images are not copied, if they lie as they must.
+        found = request.infer([np.ascontiguousarray(images, "float32")], share_inputs=True)
         return {output.any_name: found[output].copy() for output in compiled.outputs}
 
     return run, [dim.get_length() if dim.is_static else None for dim in compiled.inputs[0].partial_shape]

@@ -67,8 +67,10 @@ FLOORS = {
     "formats": 0,
     "formats.converters": 0,
     "formats.runtimes": 0,
+    "formats.exported_program": 0,
     "formats.graphs": 1,
     "export": 9,
+    "accelerate": 10,
     "classifier": 10,
     "cli": 11,
     "__main__": 12,
@@ -173,6 +175,8 @@ def test_the_pages_tables_are_the_floors():
 
 def test_the_public_names():
     assert set(keras_mnv2.__all__) == {
+        "Accelerated",
+        "accelerate",
         "Checkpoint",
         "Classifier",
         "CostProfile",
@@ -206,7 +210,7 @@ def test_the_public_names():
 
 
 # Their examples start processes.
-EXPORTING = ("export", "formats.runtimes")
+EXPORTING = ("accelerate", "export", "formats.runtimes")
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ def accelerate(model: keras.Model, runtime: str = "auto") -> "Accelerated":
             runs[name] = load_export(path)
     if not runs:
         raise errors[0]
-    for error in errors:
-        warnings.warn(f"A runtime is left out: {error}", stacklevel=2)
+    for left_out in errors:
+        warnings.warn(f"A runtime is left out: {left_out}", stacklevel=2)
     return Accelerated(model, runs)
 
 

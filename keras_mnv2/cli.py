@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
             "--weights",
             default="imagenet",
             help="a published checkpoint by name, an hf:// address, a file of weights, a whole model as .keras, a run "
-            "folder, or an exported file (.onnx, .tflite, .xml, .pt2 or a SavedModel)",
+            "folder, or an exported file (.onnx, .tflite, .xml, .pt2, .pte or a SavedModel)",
         )
         command.add_argument(
             "--scale",
@@ -109,15 +109,24 @@ def _parser() -> argparse.ArgumentParser:
 
     export_ = add("export", _export, "writes a model as a file for another runtime, and checks it there")
     export_.add_argument("model", metavar="MODEL", help="a whole model as .keras, or a published checkpoint by name")
-    export_.add_argument("path", metavar="OUT", help="ends in .onnx, .tflite, .xml or .pt2; a SavedModel is a folder")
+    export_.add_argument(
+        "path", metavar="OUT", help="ends in .onnx, .tflite, .xml, .pt2, .pte or .mlpackage; a SavedModel is a folder"
+    )
     export_.add_argument("--format", choices=FORMATS, help="by default that of OUT's suffix")
-    export_.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of LiteRT (default float32)")
+    export_.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=PRECISIONS[0],
+        help="of LiteRT, and of Core ML float16 (default float32)",
+    )
     export_.add_argument(
         "--calibration", metavar="FOLDER", help=f"photographs for int8; {CALIBRATION_IMAGES} of them are used"
     )
     export_.add_argument("--io-dtype", choices=IO_DTYPES, default=IO_DTYPES[0], help="of int8 (default int8)")
     export_.add_argument("--no-fold", action="store_true", help="leaves the batch norms as they are")
-    export_.add_argument("--labels", metavar="FILE", help="of a SavedModel: 'imagenet', or a file with a class a line")
+    export_.add_argument(
+        "--labels", metavar="FILE", help="of a SavedModel or Core ML: 'imagenet', or a file with a class a line"
+    )
     export_.add_argument("--overwrite", action="store_true", help="replaces what is at OUT")
 
     weights = add("weights", _weights, "the table of published checkpoints")

@@ -58,9 +58,13 @@ FORMATS = {
     "litert": _Format("tensorflow", ("tensorflow", "ai_edge_litert"), ".tflite", "litert"),
     "openvino": _Format("tensorflow", ("tensorflow", "openvino"), ".xml", "openvino"),
     "torch": _Format("torch", ("torch",), ".pt2", "torch"),
+    "executorch": _Format("torch", ("torch", "executorch"), ".pte", "executorch"),
+    "coreml": _Format("torch", ("torch", "coremltools"), ".mlpackage", "coreml"),
     # Made by whatever backend is active, and read by any.
     "keras": _Format(keras.backend.backend(), (), ".keras", ""),
 }
+# For one image of a fixed size: their memory is planned when they are written.
+FIXED = ("executorch", "coreml")
 PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
 IO_DTYPES = ("int8", "uint8")
 # The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
@@ -79,9 +83,9 @@ class ExportReport:
         path: of the file or folder.
         format: as asked for.
         precision: as asked for.
-        images: how many were compared.
-        largest_difference: of any number of any output, absolute.
-        mean_absolute_error: over all numbers of all outputs.
+        images: how many were compared; 0 where the format cannot be run here, as Core ML.
+        largest_difference: of any number of any output, absolute; None where nothing was run.
+        mean_absolute_error: over all numbers of all outputs; None where nothing was run.
         top1_agreement: share of the images whose largest score is of the same class; None unless the model has one
             output (batch, classes).
         size: of the file or folder, in bytes.
@@ -91,12 +95,14 @@ class ExportReport:
     format: str
     precision: str
     images: int
-    largest_difference: float
-    mean_absolute_error: float
+    largest_difference: float | None
+    mean_absolute_error: float | None
     top1_agreement: float | None
     size: int
 
     def __str__(self) -> str:
+        if self.largest_difference is None:
+            return f"{self.path}: {self.size / 1e6:.2f} MB, converted, not run: only Apple's systems run Core ML"
         words = [
             f"{self.path}: {self.size / 1e6:.2f} MB, on {self.images} images largest difference "
             f"{self.largest_difference:.2g}, mean absolute error {self.mean_absolute_error:.2g}"
@@ -122,26 +128,30 @@ def export(
 ) -> ExportReport:
     """Writes `model` as a file for another runtime, from any backend, and checks it there before it returns.
 
-    SavedModel, LiteRT and OpenVINO are made through TensorFlow, ONNX and `.pt2` through PyTorch. On another backend
+    SavedModel, LiteRT and OpenVINO are made through TensorFlow, the others through PyTorch. On another backend
     the model crosses over in a `.keras` file to a child process. The result is run in its own runtime, in a process
-    without Keras, on `sample` whole and on one image; only then does it get its final name.
+    without Keras, on `sample` whole and on one image; only then does it get its final name. Core ML's packages run on
+    Apple's systems alone: of these the description is read back, and the report says that nothing was run.
 
     Args:
         model: a built model with one input, that `keras.models.load_model` can load.
         path: file or folder to write: it ends in `.onnx`, `.tflite`, `.xml` (OpenVINO, which writes a `.bin` beside
-            it), `.pt2` or `.keras`; a SavedModel is a folder.
-        format: `"tf_saved_model"`, `"onnx"`, `"litert"`, `"openvino"` or `"torch"`, as in `keras.Model.export`; or
-            `"keras"`, a model of Keras's own classes that `keras.models.load_model` reads without this package, on any
-            backend, to predict or to train on.
-        precision: `"float32"`; with `format="litert"` also `"float16"` (weights of 16 bits), `"dynamic_int8"` (weights
-            of 8 bits) or `"int8"` (whole numbers alone). A model of `quantize_aware` has `"int8"` there.
+            it), `.pt2`, `.pte` (ExecuTorch), `.mlpackage` (Core ML, a folder) or `.keras`; a SavedModel is a folder.
+        format: `"tf_saved_model"`, `"onnx"`, `"litert"`, `"openvino"` or `"torch"`, as in `keras.Model.export`;
+            `"executorch"` or `"coreml"`, which take one image of a fixed size; or `"keras"`, a model of Keras's own
+            classes that `keras.models.load_model` reads without this package, on any backend, to predict or to train
+            on.
+        precision: `"float32"`; with `format="coreml"` also `"float16"`; with `format="litert"` also `"float16"`
+            (weights of 16 bits), `"dynamic_int8"` (weights of 8 bits) or `"int8"` (whole numbers alone). A model of
+            `quantize_aware` has `"int8"` there.
         calibration: for `precision="int8"`, images `(n, *model.input_shape[1:])` as the model takes them: the ranges of
             its activations are those that these give. Some hundred are enough. A model of `quantize_aware` has ranges
             of its own.
         io_dtype: for `precision="int8"`, the type of input and output, `"int8"` or `"uint8"`.
         fold: whether to fold the batch norms into the kernels (`fold_batch_norm`) first; by default for each format
             but `"keras"`.
-        labels: for a SavedModel, the names of the classes, or `"imagenet"`: an asset, one name a line.
+        labels: for a SavedModel and for Core ML, the names of the classes, or `"imagenet"`: an asset, one name a line;
+            or Core ML's classifier, which gives the best one's name as `classLabel`.
         sample: images to compare on, `(batch, *model.input_shape[1:])`; by default up to 64 of `calibration`, or four
             random ones.
         overwrite: whether a file or SavedModel that is at `path` may be replaced.
@@ -185,6 +195,8 @@ def export(
         if format in converters.CONVERTERS:
             options: dict[str, Any] = {"input_name": input_name(model), "output_names": output_names(source)}
             options |= {"precision": precision, "io_dtype": io_dtype, "quantized": quantized}
+            if format == "coreml":
+                options |= {"labels": labels, "pixels": _takes_pixels(model)}
             if calibration is not None:
                 np.save(folder / "calibration.npy", calibration)
                 options["calibration"] = str(folder / "calibration.npy")
@@ -195,7 +207,10 @@ def export(
             _write(source, target, format, labels)
         else:
             _cross_over(source, folder, format, target, labels)
-        report = _compare(model, target, images, folder, path, format, precision, quantized)
+        if format == "coreml":
+            report = ExportReport(path, format, precision, 0, None, None, None, _size(target.parent))
+        else:
+            report = _compare(model, target, images, folder, path, format, precision, quantized)
         _move(target.parent, path, folder, overwrite)
     if verbose:
         print(report)
@@ -210,7 +225,12 @@ def _check(
         raise ValueError(f"model must be a built Keras model, got {model!r}.")
     if len(model.inputs) != 1:
         raise ValueError(f"model must have one input, got {len(model.inputs)}.")
-    check_choice("precision", precision, PRECISIONS if format == "litert" else PRECISIONS[:1])
+    known = {"litert": PRECISIONS, "coreml": PRECISIONS[:2]}
+    check_choice("precision", precision, known.get(format, PRECISIONS[:1]))
+    if format in FIXED and None in model.inputs[0].shape[1:]:
+        raise ValueError(
+            f"model must take images of a fixed size for format={format!r}, got {tuple(model.inputs[0].shape)}."
+        )
     check_choice("io_dtype", io_dtype, IO_DTYPES)
     quantized = is_quantized(model)
     if quantized and format == "litert" and precision != "int8":
@@ -224,9 +244,10 @@ def _check(
         raise ValueError(f"path must end in {suffix!r} for format={format!r}, got {str(path)!r}.")
     # OpenVINO's weights lie beside its graph.
     for file in (path, path.with_suffix(".bin")) if format == "openvino" else (path,):
-        replaceable = overwrite and (file.is_file() if suffix else (file / "saved_model.pb").is_file())
+        inside = {"tf_saved_model": "saved_model.pb", "coreml": "Manifest.json"}.get(format)
+        replaceable = overwrite and (file / inside if inside else file).is_file()
         if file.exists() and not replaceable:
-            kind = "a file" if suffix else "a SavedModel"
+            kind = {"tf_saved_model": "a SavedModel", "coreml": "a package"}.get(format, "a file")
             raise ValueError(f"path must be new, or {kind} with overwrite=True, got {str(file)!r}, which exists.")
     return quantized
 
@@ -234,18 +255,37 @@ def _check(
 def _labels(model: keras.Model, format: str, labels: Sequence[str] | str | None) -> list[str] | None:
     if labels is None:
         return None
-    if format != "tf_saved_model":
-        raise ValueError(f'labels must be left out but for format="tf_saved_model", got them for {format!r}.')
+    if format not in ("tf_saved_model", "coreml"):
+        raise ValueError(f'labels must be left out but for "tf_saved_model" and "coreml", got them for {format!r}.')
     classes = model.output_shape[-1] if isinstance(model.output_shape, tuple) else None
     names = labels if isinstance(labels, str) or not isinstance(labels, Iterable) else list(labels)
     if isinstance(labels, str) and labels == "imagenet":
         # TensorFlow's checkpoints have a class for the background first.
         names = (["background"] if classes == 1001 else []) + [name for _, name in imagenet_labels()]
+        if format == "coreml":
+            # There a name stands for one class: the two cranes and maillots get their WordNet id.
+            ids = [""] * (classes == 1001) + [wnid for wnid, _ in imagenet_labels()]
+            names = [n if names.count(n) == 1 else f"{n} ({i})" for n, i in zip(names, ids, strict=True)]
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not texts or len(names) != classes or any("\n" in name for name in names):
         what = f"{len(names)} of them" if texts else repr(labels)
         raise ValueError(f'labels must be "imagenet" or {classes} names of one line each, got {what}.')
+    if format == "coreml" and len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f'labels must be names of one class each for format="coreml", got {twice!r} twice.')
     return list(names)
+
+
+def _takes_pixels(model: keras.Model) -> bool:
+    """Whether Core ML can hand an image to it: NHWC pixels of 0..255, in RGB or grey."""
+    return scales_pixels(model) and model.inputs[0].shape[-1] in (1, 3)
+
+
+def _program(model: keras.Model, format: str) -> dict[str, Any]:
+    """How the program of PyTorch is written that a format is made from."""
+    if format not in FIXED:
+        return {}
+    return {"batch": 1, "channels_first": format == "coreml" and _takes_pixels(model)}
 
 
 def _images(model: keras.Model, name: str, given: Any) -> np.ndarray:
@@ -324,7 +364,7 @@ def _convert(model: keras.Model, folder: Path, format: str, target: Path, option
 def _write(model: keras.Model, path: Path, format: str, labels: list[str] | None = None) -> None:
     try:
         if FORMATS[format].backend == "torch":
-            write_exported_program(model, path)
+            write_exported_program(model, path, **_program(model, format))
         else:
             write_saved_model(model, path, labels)
     except Exception as error:
@@ -347,7 +387,7 @@ def _cross_over(
             f"{backend}, got {names} of the script itself."
         )
     model.save(folder / "model.keras")
-    about = json.dumps({"labels": labels, "modules": sorted(modules)})
+    about = json.dumps({"labels": labels, "program": _program(model, format), "modules": sorted(modules)})
     _run("-m", graphs.__name__, format, folder / "model.keras", graph, about, *conversion, backend=backend)
 
 
@@ -420,8 +460,11 @@ def _compare(
             f"The export to {str(path)!r} differs from the model: {what} is {value:.2g}, the most that {precision} "
             f"may show {limit:.2g}; nothing was written."
         )
-    size = sum(file.stat().st_size for file in target.parent.rglob("*") if file.is_file())
-    return ExportReport(path, format, precision, len(images), largest, mean, agreement, size)
+    return ExportReport(path, format, precision, len(images), largest, mean, agreement, _size(target.parent))
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _numpy(outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:

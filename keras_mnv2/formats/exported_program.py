@@ -52,7 +52,7 @@ def name_output(program: torch.export.ExportedProgram, name: str) -> None:
 
 
 def _compute_constants(module: GraphModule) -> None:
-    """Computes what depends on the weights alone; kernels get the memory format that convolutions read fastest."""
+    """Computes what depends on the weights alone, and keeps it as tensors that lie in the order of their axes."""
     values: dict[Node, torch.Tensor] = {}
     sources: dict[Node, str] = {}
     computed: list[Node] = []
@@ -79,9 +79,8 @@ def _compute_constants(module: GraphModule) -> None:
         name = f"{sources[node]}_constant"
         while hasattr(module, name):
             name += "_"
-        value = values[node].detach().clone(memory_format=torch.contiguous_format)
-        kernel = value.dim() == 4
-        module.register_buffer(name, value.contiguous(memory_format=torch.channels_last) if kernel else value)
+        # XNNPACK's passes (ExecuTorch 1.5) fail on kernels in another order, which would be no faster.
+        module.register_buffer(name, values[node].detach().clone(memory_format=torch.contiguous_format))
         with module.graph.inserting_before(node):
             constant = module.graph.get_attr(name)
         constant.meta = node.meta

@@ -52,7 +52,9 @@ def write_saved_model(model: keras.Model, path: Path, labels: Sequence[str] | No
         tf.saved_model.save(module, str(path), signatures=signatures)
 
 
-def write_exported_program(model: keras.Model, path: Path, batch: int | None = None) -> None:
+def write_exported_program(
+    model: keras.Model, path: Path, batch: int | None = None, channels_first: bool = False
+) -> None:
     """Writes a `.pt2` file of `torch.export`, on PyTorch: a batch in, a tensor or a dict of tensors out.
 
     The weights are constants as convolutions read them, (out, in, height, width), and images are NCHW between them.
@@ -62,6 +64,7 @@ def write_exported_program(model: keras.Model, path: Path, batch: int | None = N
         model: built, with one input.
         path: file to write.
         batch: how many images the program takes; any number by default.
+        channels_first: whether it takes NCHW images where the model takes NHWC.
     """
     import torch
 
@@ -79,6 +82,7 @@ def write_exported_program(model: keras.Model, path: Path, batch: int | None = N
 
         def forward(self, x: torch.Tensor) -> Any:
             tensors = (getattr(self, name) for name in self.names)
+            x = x.permute(0, 2, 3, 1) if channels_first else x
             with keras.StatelessScope(state_mapping=list(zip(model.variables, tensors, strict=True))):
                 y = model(x, training=False)
             return named(model, y) if len(model.outputs) > 1 else next(iter(named(model, y).values()))
@@ -91,6 +95,8 @@ def write_exported_program(model: keras.Model, path: Path, batch: int | None = N
     # A size of 1 would be taken as a constant.
     sample = torch.zeros([batch or 2, *(n or TRACED_SIDE for n in image.shape[1:])], dtype=getattr(torch, image.dtype))
     shape = [batch, *image.shape[1:]]
+    if channels_first:
+        sample, shape = sample.permute(0, 3, 1, 2).contiguous(), [shape[0], shape[3], *shape[1:3]]
     free = ({i: torch.export.Dim.DYNAMIC for i, n in enumerate(shape) if n is None},)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -133,7 +139,7 @@ def output_names(model: keras.Model) -> list[str]:
 def main() -> None:
     """`FORMAT MODEL.keras GRAPH ABOUT`, and `TARGET OPTIONS` of a converter to convert the graph in this process.
 
-    `ABOUT` is JSON: the labels, and the modules that the classes of the model come from.
+    `ABOUT` is JSON: the labels, how a program of PyTorch is written, and the modules of the model's classes.
     """
     format, source, graph, about, *conversion = sys.argv[1:]
     about = json.loads(about)
@@ -141,7 +147,7 @@ def main() -> None:
         importlib.import_module(module)
     model = keras.models.load_model(source, compile=False)
     if keras.backend.backend() == "torch":
-        write_exported_program(model, Path(graph))
+        write_exported_program(model, Path(graph), **about["program"])
     else:
         write_saved_model(model, Path(graph), about["labels"])
     if conversion:

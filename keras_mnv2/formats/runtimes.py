@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def load_export(path: str | os.PathLike[str]) -> Run:
     """Loads a file that `export` wrote in its own runtime, on the CPU and in float32.
 
     Args:
-        path: a SavedModel's folder, or a file that ends in `.onnx`, `.tflite`, `.xml`, `.pt2` or `.keras`.
+        path: a SavedModel's folder, or a file that ends in `.onnx`, `.tflite`, `.xml`, `.pt2`, `.pte` or `.keras`.
 
     Returns:
         A function from images, a batch in the model's layout, to its outputs by name. For 8-bit files it rounds the
@@ -185,6 +186,32 @@ def _images_in_cache(shape: Sequence[Any], shapes: list[Any]) -> int:
     return max(1, int(20e6 / max(4 * math.prod(sizes) for sizes in of_images)))
 
 
+def _executorch(path: Path) -> Loaded:
+    with _without_triton(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of what its packages use of Python and PyTorch.
+        import torch
+        from executorch.runtime import Runtime
+
+    # Its program and methods read the file's memory, which the program keeps.
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    image = method.metadata.input_tensor_meta(0)
+    outputs = range(method.metadata.num_outputs())
+    names = [f"output_{i}" for i in outputs]
+    if "output_names" in program.method_names:
+        names = program.load_method("output_names").execute([])[0].split("\n")
+    count = image.sizes()[0]
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        batch = torch.from_numpy(np.ascontiguousarray(images, "float32"))
+        # The next call writes to the same memory.
+        parts = [[y.clone() for y in method.execute([part])] for part in batch.split(count)]
+        return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in zip(outputs, names, strict=True)}
+
+    # As many images as the caller has, one after the other.
+    return run, (None, *image.sizes()[1:])
+
+
 @contextlib.contextmanager
 def _without_triton() -> Iterator[None]:
     """Inside, PyTorch does not load Triton: after TensorFlow that crashes the process (torch 2.14, TensorFlow 2.21)."""
@@ -212,7 +239,14 @@ def _keras(path: Path) -> Loaded:
     return run, model.inputs[0].shape
 
 
-_LOADERS = {".onnx": _onnx, ".tflite": _litert, ".xml": _openvino, ".pt2": _torch, ".keras": _keras}
+_LOADERS = {
+    ".onnx": _onnx,
+    ".tflite": _litert,
+    ".xml": _openvino,
+    ".pt2": _torch,
+    ".pte": _executorch,
+    ".keras": _keras,
+}
 
 
 def outputs_of(run: Run, batches: Iterable[np.ndarray]) -> dict[str, np.ndarray]:

@@ -67,6 +67,8 @@ FLOORS = {
     "formats": 0,
     "formats.converters": 0,
     "formats.runtimes": 0,
+    "formats.coreml": 0,
+    "formats.executorch_file": 0,
     "formats.exported_program": 0,
     "formats.graphs": 1,
     "export": 9,

@@ -39,7 +39,7 @@ def test_the_graph_has_convolutions_of_constants_and_little_else(exported):
         if str(node.target) == "aten.conv2d.default":
             kernel = program.state_dict[weights[node.args[1].name]]
             assert kernel.shape[0] == node.meta["val"].shape[1]
-            assert kernel.is_contiguous(memory_format=torch.channels_last)
+            assert kernel.is_contiguous()
     # Each weight once, the preprocessing's two numbers, and none that nobody reads.
     assert len(program.state_dict) == len(weights) == 2 * convolutions + 4
 

@@ -5,6 +5,7 @@ import keras_mnv2.start
 import keras_mnv2.backend  # noqa: F401  It chooses what Keras starts.  isort: skip
 
 from keras_mnv2 import applications, layers
+from keras_mnv2.accelerate import Accelerated, accelerate
 from keras_mnv2.classifier import Classifier, load_classifier
 from keras_mnv2.cost import CostProfile, cost_profile
 from keras_mnv2.export import ExportReport, export
@@ -29,6 +30,7 @@ from keras_mnv2.weights.table import Checkpoint, Preprocessing, SegmentationChec
 
 __version__ = "0.1.0"
 __all__ = [
+    "Accelerated",
     "Checkpoint",
     "Classifier",
     "CostProfile",
@@ -37,6 +39,7 @@ __all__ = [
     "MobileNetV2",
     "Preprocessing",
     "SegmentationCheckpoint",
+    "accelerate",
     "applications",
     "class_folders",
     "cost_profile",

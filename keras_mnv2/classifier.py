@@ -21,7 +21,7 @@ from keras_mnv2.weights.hdf5 import open_hdf5
 from keras_mnv2.weights.source import checkpoint_of, classes_of, read_source
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, imagenet_checkpoint
 
-EXPORTED = (".onnx", ".tflite", ".xml", ".pt2")
+EXPORTED = (".onnx", ".tflite", ".xml", ".pt2", ".pte")
 SCALES = ("none", "keras")
 # Numbers of ImageNet's classes, without and with the background.
 IMAGENET = (1000, 1001)
@@ -179,7 +179,7 @@ def load_classifier(
 
     Args:
         model: a whole model as `.keras`; the folder of a training run, with `model.keras` in it; a file that `export`
-            wrote (`.onnx`, `.tflite`, `.xml`, `.pt2` or a SavedModel), which its own runtime runs; or what
+            wrote (`.onnx`, `.tflite`, `.xml`, `.pt2`, `.pte` or a SavedModel), which its own runtime runs; or what
             `MobileNetV2` takes as `weights`: the name of a published checkpoint, `"imagenet"`, an `hf://` address or a
             file of weights.
         image_size: side of the images in pixels, for a checkpoint, or for a model that takes any; by default the

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
             "--weights",
             default="imagenet",
             help="a published checkpoint by name, an hf:// address, a file of weights, a whole model as .keras, a run "
-            "folder, or an exported file (.onnx, .tflite, .xml, .pt2 or a SavedModel)",
+            "folder, or an exported file (.onnx, .tflite, .xml, .pt2, .pte or a SavedModel)",
         )
         command.add_argument(
             "--scale",
@@ -106,10 +106,12 @@ def _parser() -> argparse.ArgumentParser:
 
     export_ = add("export", _export, "writes a model as a file for another runtime, and checks it there")
     export_.add_argument("model", metavar="MODEL", help="a whole model as .keras, or a published checkpoint by name")
-    export_.add_argument("path", metavar="OUT", help="ends in .onnx, .tflite, .xml or .pt2; a SavedModel is a folder")
+    export_.add_argument(
+        "path", metavar="OUT", help="ends in .onnx, .tflite, .xml, .pt2, .pte or .mlpackage; a SavedModel is a folder"
+    )
     export_.add_argument("--format", choices=FORMATS, help="by default that of OUT's suffix")
     export_.add_argument(
-        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of LiteRT and ONNX (default float32)"
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of LiteRT, ONNX and Core ML (default float32)"
     )
     export_.add_argument(
         "--calibration", metavar="FOLDER", help=f"photographs for int8; {CALIBRATION_IMAGES} of them are used"

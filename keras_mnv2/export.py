@@ -61,15 +61,19 @@ FORMATS = {
     "openvino": _Format("tensorflow", ("tensorflow", "openvino"), ".xml", "openvino"),
     "torch": _Format("torch", ("torch",), ".pt2", "torch"),
     "web": _Format("torch", ("torch", "onnx", "onnxscript", "onnxruntime"), "", "onnx"),
+    "executorch": _Format("torch", ("torch", "executorch"), ".pte", "executorch"),
+    "coreml": _Format("torch", ("torch", "coremltools"), ".mlpackage", "coreml"),
     # Made by whatever backend is active, and read by any.
     "keras": _Format(keras.backend.backend(), (), ".keras", ""),
 }
+# For one image of a fixed size: their memory is planned when they are written.
+FIXED = ("executorch", "coreml")
 PRECISIONS = ("float32", "float16", "dynamic_int8", "int8")
 # What a format has besides float32.
-_PRECISIONS_OF = {"litert": PRECISIONS, "onnx": ("float32", "float16", "int8")}
+_PRECISIONS_OF = {"litert": PRECISIONS, "onnx": ("float32", "float16", "int8"), "coreml": PRECISIONS[:2]}
 IO_DTYPES = ("int8", "uint8")
 # Those that can hold the names of the classes.
-LABELLED = ("tf_saved_model", "litert", "web")
+LABELLED = ("tf_saved_model", "litert", "coreml", "web")
 LAYOUTS = ("NHWC", "NCHW")
 # Of ONNX: the first with a scale for each channel, and the newest that PyTorch and ONNX Runtime share.
 OPSETS = (13, 23)
@@ -89,9 +93,9 @@ class ExportReport:
         path: of the file or folder.
         format: as asked for.
         precision: as asked for.
-        images: how many were compared.
-        largest_difference: of any number of any output, absolute.
-        mean_absolute_error: over all numbers of all outputs.
+        images: how many were compared; 0 where the format cannot be run here, as Core ML.
+        largest_difference: of any number of any output, absolute; None where nothing was run.
+        mean_absolute_error: over all numbers of all outputs; None where nothing was run.
         top1_agreement: share of the images whose largest score is of the same class; None unless the model has one
             output (batch, classes).
         size: of the file or folder, in bytes.
@@ -103,13 +107,15 @@ class ExportReport:
     format: str
     precision: str
     images: int
-    largest_difference: float
-    mean_absolute_error: float
+    largest_difference: float | None
+    mean_absolute_error: float | None
     top1_agreement: float | None
     size: int
     reference_difference: float | None = None
 
     def __str__(self) -> str:
+        if self.largest_difference is None:
+            return f"{self.path}: {self.size / 1e6:.2f} MB, converted, not run: only Apple's systems run Core ML"
         words = [
             f"{self.path}: {self.size / 1e6:.2f} MB, on {self.images} images largest difference "
             f"{self.largest_difference:.2g}, mean absolute error {self.mean_absolute_error:.2g}"
@@ -140,22 +146,24 @@ def export(
 ) -> ExportReport:
     """Writes `model` as a file for another runtime, from any backend, and checks it there before it returns.
 
-    SavedModel, LiteRT and OpenVINO are made through TensorFlow, ONNX and `.pt2` through PyTorch. On another backend
+    SavedModel, LiteRT and OpenVINO are made through TensorFlow, the others through PyTorch. On another backend
     the model crosses over in a `.keras` file to a child process. The result is run in its own runtime, in a process
-    without Keras, on `sample` whole and on one image; only then does it get its final name.
+    without Keras, on `sample` whole and on one image; only then does it get its final name. Core ML's packages run on
+    Apple's systems alone: of these the description is read back, and the report says that nothing was run.
 
     Args:
         model: a built model with one input, that `keras.models.load_model` can load.
         path: file or folder to write: it ends in `.onnx`, `.tflite`, `.xml` (OpenVINO, which writes a `.bin` beside
-            it), `.pt2` or `.keras`; a SavedModel and a page are folders.
+            it), `.pt2`, `.pte` (ExecuTorch), `.mlpackage` (Core ML, a folder) or `.keras`; a SavedModel and a page are
+            folders.
         format: `"tf_saved_model"`, `"onnx"`, `"litert"`, `"openvino"` or `"torch"`, as in `keras.Model.export`;
-            `"web"`, a folder that is a page which names what is on photographs, from any static server; or
-            `"keras"`, a model of Keras's own classes that `keras.models.load_model` reads without this package, on any
-            backend, to predict or to train on.
+            `"executorch"` or `"coreml"`, which take one image of a fixed size; `"web"`, a folder that is a page which
+            names what is on photographs, from any static server; or `"keras"`, a model of Keras's own classes that
+            `keras.models.load_model` reads without this package, on any backend, to predict or to train on.
         precision: `"float32"`; with `format="litert"` also `"float16"` (weights of 16 bits), `"dynamic_int8"` (weights
             of 8 bits) or `"int8"` (whole numbers alone). A model of `quantize_aware` has `"int8"` there. With
             `format="onnx"` also `"float16"` (computes in 16 bits) or `"int8"` (computes with whole numbers); its input
-            and output stay float32.
+            and output stay float32. With `format="coreml"` also `"float16"`.
         calibration: for `precision="int8"`, images `(n, *model.input_shape[1:])` as the model takes them: the ranges of
             its activations are those that these give. Some hundred are enough. A model of `quantize_aware` has ranges
             of its own.
@@ -164,8 +172,9 @@ def export(
         layout: for ONNX, `"NHWC"` or `"NCHW"`: how the file takes its images; by default as the model does.
         fold: whether to fold the batch norms into the kernels (`fold_batch_norm`) first; by default for each format
             but `"keras"`.
-        labels: for a SavedModel, LiteRT and a page, the names of the classes, or `"imagenet"`: an asset, one name a
-            line, or the file of labels in LiteRT's metadata.
+        labels: for a SavedModel, LiteRT, Core ML and a page, the names of the classes, or `"imagenet"`: an asset, one
+            name a line; the file of labels in LiteRT's metadata; or Core ML's classifier, which gives the best one's
+            name as `classLabel`.
         preprocessing: for LiteRT and a page, how photographs are prepared for the model, as in `preprocess_input` and
             `resize_and_crop`: a page does it, LiteRT's metadata says it. Of a model that scales pixels itself, only
             how they are resized. By default Keras's way, at the model's size.
@@ -227,6 +236,8 @@ def export(
             options: dict[str, Any] = {"input_name": input_name(model), "output_names": output_names(source)}
             options |= {"precision": precision, "io_dtype": io_dtype, "quantized": quantized}
             options |= {"opset": opset, "layout": layout}
+            if format == "coreml":
+                options |= {"labels": labels, "pixels": _takes_image(model)}
             if calibration is not None:
                 np.save(folder / "calibration.npy", calibration)
                 options["calibration"] = str(folder / "calibration.npy")
@@ -239,7 +250,10 @@ def export(
             _write(source, target, format, labels)
         else:
             _cross_over(source, folder, format, target, labels)
-        report = _compare(model, checked, images, folder, path, format, precision, quantized, layout)
+        if format == "coreml":
+            report = ExportReport(path, format, precision, 0, None, None, None, _size(target.parent))
+        else:
+            report = _compare(model, checked, images, folder, path, format, precision, quantized, layout)
         _move(target.parent, path, folder, overwrite)
     if verbose:
         print(report)
@@ -255,6 +269,10 @@ def _check(
     if len(model.inputs) != 1:
         raise ValueError(f"model must have one input, got {len(model.inputs)}.")
     check_choice("precision", precision, _PRECISIONS_OF.get(format, PRECISIONS[:1]))
+    if format in FIXED and None in model.inputs[0].shape[1:]:
+        raise ValueError(
+            f"model must take images of a fixed size for format={format!r}, got {tuple(model.inputs[0].shape)}."
+        )
     check_choice("io_dtype", io_dtype, IO_DTYPES)
     if io_dtype != IO_DTYPES[0] and format != "litert":
         raise ValueError(f'io_dtype must be left out but for format="litert", got {io_dtype!r} for {format!r}.')
@@ -273,10 +291,10 @@ def _check(
     # OpenVINO's weights lie beside its graph.
     for file in (path, path.with_suffix(".bin")) if format == "openvino" else (path,):
         # A folder with other things in it is not replaced.
-        known = web.FILES if format == "web" else ("saved_model.pb",)
-        replaceable = overwrite and (file.is_file() if suffix else all((file / name).is_file() for name in known))
-        if file.exists() and not replaceable:
-            kind = "a file" if suffix else "a SavedModel" if format == "tf_saved_model" else "a page"
+        inside = {"tf_saved_model": ("saved_model.pb",), "coreml": ("Manifest.json",), "web": web.FILES}.get(format)
+        files = [file / name for name in inside] if inside else [file]
+        if file.exists() and not (overwrite and all(each.is_file() for each in files)):
+            kind = {"tf_saved_model": "a SavedModel", "coreml": "a package", "web": "a page"}.get(format, "a file")
             raise ValueError(f"path must be new, or {kind} with overwrite=True, got {str(file)!r}, which exists.")
     return quantized
 
@@ -307,11 +325,30 @@ def _labels(model: keras.Model, format: str, labels: Sequence[str] | str | None)
     if isinstance(labels, str) and labels == "imagenet":
         # TensorFlow's checkpoints have a class for the background first.
         names = (["background"] if classes == 1001 else []) + [name for _, name in imagenet_labels()]
+        if format == "coreml":
+            # There a name stands for one class: the two cranes and maillots get their WordNet id.
+            ids = [""] * (classes == 1001) + [wnid for wnid, _ in imagenet_labels()]
+            names = [n if names.count(n) == 1 else f"{n} ({i})" for n, i in zip(names, ids, strict=True)]
     texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not texts or len(names) != classes or any("\n" in name for name in names):
         what = f"{len(names)} of them" if texts else repr(labels)
         raise ValueError(f'labels must be "imagenet" or {classes} names of one line each, got {what}.')
+    if format == "coreml" and len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f'labels must be names of one class each for format="coreml", got {twice!r} twice.')
     return list(names)
+
+
+def _takes_image(model: keras.Model) -> bool:
+    """Whether Core ML can hand an image to it: NHWC pixels of 0..255, in RGB or grey."""
+    return scales_pixels(model) and model.inputs[0].shape[-1] in (1, 3)
+
+
+def _program(model: keras.Model, format: str) -> dict[str, Any]:
+    """How the program of PyTorch is written that a format is made from."""
+    if format not in FIXED:
+        return {}
+    return {"batch": 1, "channels_first": format == "coreml" and _takes_image(model)}
 
 
 def _images(model: keras.Model, name: str, given: Any) -> np.ndarray:
@@ -335,8 +372,13 @@ def _sample(model: keras.Model, sample: Any, calibration: np.ndarray | None) -> 
     return _images(model, "sample", sample)
 
 
+def missing_packages(format: str) -> list[str]:
+    """What a format needs and is not installed, as modules."""
+    return [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
+
+
 def _require(format: str) -> None:
-    missing = [name for name in FORMATS[format].packages if importlib.util.find_spec(name) is None]
+    missing = missing_packages(format)
     if missing:
         raise ImportError(
             f'format="{format}" needs {" and ".join(missing)}, which is not installed: '
@@ -385,7 +427,7 @@ def _convert(model: keras.Model, folder: Path, format: str, target: Path, option
 def _write(model: keras.Model, path: Path, format: str, labels: list[str] | None = None) -> None:
     try:
         if FORMATS[format].backend == "torch":
-            write_exported_program(model, path)
+            write_exported_program(model, path, **_program(model, format))
         else:
             write_saved_model(model, path, labels)
     except Exception as error:
@@ -408,7 +450,7 @@ def _cross_over(
             f"{backend}, got {names} of the script itself."
         )
     model.save(folder / "model.keras")
-    about = json.dumps({"labels": labels, "modules": sorted(modules)})
+    about = json.dumps({"labels": labels, "program": _program(model, format), "modules": sorted(modules)})
     _run("-m", graphs.__name__, format, folder / "model.keras", graph, about, *conversion, backend=backend)
 
 
@@ -492,8 +534,11 @@ def _compare(
         first = {name: y[: runtimes.REFERENCE_IMAGES] for name, y in sorted(expected.items()) if name.startswith("0/")}
         pairs = list(zip(first.values(), (reference[name] for name in sorted(reference)), strict=True))
         other = max(float(np.abs(y.astype("float64") - z).max()) for y, z in pairs)
-    size = sum(file.stat().st_size for file in target.parent.rglob("*") if file.is_file())
-    return ExportReport(path, format, precision, len(images), largest, mean, agreement, size, other)
+    return ExportReport(path, format, precision, len(images), largest, mean, agreement, _size(target.parent), other)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _numpy(outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:

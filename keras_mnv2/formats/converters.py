@@ -3,6 +3,7 @@
 Run as a file, so that nothing of this package is imported: a converter that fails, or ends its process, does so alone.
 """
 
+import importlib.util
 import json
 import runpy
 import sys
@@ -81,7 +82,27 @@ def to_openvino(source: Path, target: Path, **_: Any) -> None:
     openvino.save_model(openvino.convert_model(source), target, compress_to_fp16=False)
 
 
-CONVERTERS: dict[str, Callable[..., None]] = {"litert": to_litert, "onnx": to_onnx, "openvino": to_openvino}
+def _in_file(name: str) -> Callable[..., None]:
+    """The converter of a file beside this one, which is found without the package, too."""
+
+    def convert(source: Path, target: Path, **options: Any) -> None:
+        specification = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert specification is not None
+        assert specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        module.convert(source, target, **options)
+
+    return convert
+
+
+CONVERTERS: dict[str, Callable[..., None]] = {
+    "litert": to_litert,
+    "onnx": to_onnx,
+    "openvino": to_openvino,
+    "executorch": _in_file("executorch_file"),
+    "coreml": _in_file("coreml"),
+}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ with that backend, on a model in a `.keras` file.
 """
 
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -51,9 +52,23 @@ def write_saved_model(model: keras.Model, path: Path, labels: Sequence[str] | No
         tf.saved_model.save(module, str(path), signatures=signatures)
 
 
-def write_exported_program(model: keras.Model, path: Path) -> None:
-    """Writes a `.pt2` file of `torch.export`, on PyTorch: a batch of any size in, a tensor or a dict of tensors out."""
+def write_exported_program(
+    model: keras.Model, path: Path, batch: int | None = None, channels_first: bool = False
+) -> None:
+    """Writes a `.pt2` file of `torch.export`, on PyTorch: a batch in, a tensor or a dict of tensors out.
+
+    The weights are constants as convolutions read them, (out, in, height, width), and images are NCHW between them.
+    Input, and the one output, have the model's names in the graph; the extra file `outputs.json` lists the outputs'.
+
+    Args:
+        model: built, with one input.
+        path: file to write.
+        batch: how many images the program takes; any number by default.
+        channels_first: whether it takes NCHW images where the model takes NHWC.
+    """
     import torch
+
+    from keras_mnv2.formats.exported_program import name_output, simplified
 
     class Program(torch.nn.Module):
         """The model with its weights as plain buffers: Keras's own would be written twice."""
@@ -61,25 +76,43 @@ def write_exported_program(model: keras.Model, path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             # Two layers of nested models may have one path.
-            self.names = [f"{v.path.replace('/', '_').replace('.', '_')}_{i}" for i, v in enumerate(model.variables)]
+            self.names = [f"{_word(v.path)}_{i}" for i, v in enumerate(model.variables)]
             for name, variable in zip(self.names, model.variables, strict=True):
                 self.register_buffer(name, variable.value.detach().clone().contiguous())
 
         def forward(self, x: torch.Tensor) -> Any:
             tensors = (getattr(self, name) for name in self.names)
+            x = x.permute(0, 2, 3, 1) if channels_first else x
             with keras.StatelessScope(state_mapping=list(zip(model.variables, tensors, strict=True))):
                 y = model(x, training=False)
             return named(model, y) if len(model.outputs) > 1 else next(iter(named(model, y).values()))
 
+    # The program's input is called as the argument is.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in ("self", _word(input_name(model)))]
+    Program.forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     image = model.inputs[0]
     # A size of 1 would be taken as a constant.
-    sample = torch.zeros([2, *(n or TRACED_SIDE for n in image.shape[1:])], dtype=getattr(torch, image.dtype))
-    free = {i: torch.export.Dim.DYNAMIC for i, n in enumerate(image.shape) if n is None}
+    sample = torch.zeros([batch or 2, *(n or TRACED_SIDE for n in image.shape[1:])], dtype=getattr(torch, image.dtype))
+    shape = [batch, *image.shape[1:]]
+    if channels_first:
+        sample, shape = sample.permute(0, 3, 1, 2).contiguous(), [shape[0], shape[3], *shape[1:3]]
+    free = ({i: torch.export.Dim.DYNAMIC for i, n in enumerate(shape) if n is None},)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        program = torch.export.export(Program(), (sample,), dynamic_shapes={"x": free}, strict=False)
+        program = torch.export.export(Program(), (sample,), dynamic_shapes=free, strict=False)
+        module = simplified(program)
+        program = torch.export.export(module, (sample,), dynamic_shapes=free, strict=False)
+        names = output_names(model)
+        if len(names) == 1:
+            name_output(program, _word(names[0]))
         program.example_inputs = None
-        torch.export.save(program, path)
+        torch.export.save(program, path, extra_files={"outputs.json": json.dumps(names)})
+
+
+def _word(name: str) -> str:
+    """A name as PyTorch's graphs have them."""
+    return re.sub(r"\W", "_", name)
 
 
 def named(model: keras.Model, outputs: Any) -> dict[str, Tensor]:
@@ -106,7 +139,7 @@ def output_names(model: keras.Model) -> list[str]:
 def main() -> None:
     """`FORMAT MODEL.keras GRAPH ABOUT`, and `TARGET OPTIONS` of a converter to convert the graph in this process.
 
-    `ABOUT` is JSON: the labels, and the modules that the classes of the model come from.
+    `ABOUT` is JSON: the labels, how a program of PyTorch is written, and the modules of the model's classes.
     """
     format, source, graph, about, *conversion = sys.argv[1:]
     about = json.loads(about)
@@ -114,7 +147,7 @@ def main() -> None:
         importlib.import_module(module)
     model = keras.models.load_model(source, compile=False)
     if keras.backend.backend() == "torch":
-        write_exported_program(model, Path(graph))
+        write_exported_program(model, Path(graph), **about["program"])
     else:
         write_saved_model(model, Path(graph), about["labels"])
     if conversion:

@@ -5,9 +5,12 @@ exported file must not need it.
 """
 
 import contextlib
+import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ def load_export(path: str | os.PathLike[str]) -> Run:
     """Loads a file that `export` wrote in its own runtime, on the CPU and in float32.
 
     Args:
-        path: a SavedModel's folder, or a file that ends in `.onnx`, `.tflite`, `.xml`, `.pt2` or `.keras`.
+        path: a SavedModel's folder, or a file that ends in `.onnx`, `.tflite`, `.xml`, `.pt2`, `.pte` or `.keras`.
 
     Returns:
         A function from images, a batch in the model's layout, to its outputs by name. For 8-bit files it rounds the
@@ -94,7 +97,7 @@ def _onnx(path: Path) -> Loaded:
     dtype = {"tensor(float)": "float32", "tensor(uint8)": "uint8"}[image.type]
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(names, session.run(None, {image.name: images.astype(dtype)}), strict=True))
+        return dict(zip(names, session.run(None, {image.name: np.asarray(images, dtype)}), strict=True))
 
     return run, image.shape
 
@@ -104,16 +107,25 @@ def _litert(path: Path, reference: bool = False) -> Loaded:
 
     kernels = OpResolverType.BUILTIN_REF if reference else OpResolverType.AUTO
     interpreter = Interpreter(model_path=str(path), num_threads=os.cpu_count(), experimental_op_resolver_type=kernels)
-    run_signature = interpreter.get_signature_runner("serving_default")
-    ((name, image),) = run_signature.get_input_details().items()
-    outputs = run_signature.get_output_details()
+    signature = interpreter.get_signature_runner("serving_default")
+    (image,) = signature.get_input_details().values()
+    outputs = signature.get_output_details()
+    allocated: list[tuple[int, ...]] = []
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
         if np.issubdtype(image["dtype"], np.integer):
             scale, zero_point = image["quantization"]
             limits = np.iinfo(image["dtype"])
             images = np.clip(np.round(images / scale) + zero_point, limits.min, limits.max)
-        found = run_signature(**{name: images.astype(image["dtype"])})
+        # A signature would allocate all tensors anew at each call.
+        if allocated != [images.shape]:
+            allocated.clear()  # Where it fails, the next call tries again.
+            interpreter.resize_tensor_input(image["index"], images.shape)
+            interpreter.allocate_tensors()
+            allocated.append(images.shape)
+        interpreter.set_tensor(image["index"], np.asarray(images, image["dtype"]))
+        interpreter.invoke()
+        found = {key: interpreter.get_tensor(output["index"]) for key, output in outputs.items()}
         return {key: _real(value, *outputs[key]["quantization"]) for key, value in found.items()}
 
     return run, [int(n) for n in image["shape_signature"]]
@@ -121,7 +133,7 @@ def _litert(path: Path, reference: bool = False) -> Loaded:
 
 def _real(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
     if not np.issubdtype(value.dtype, np.integer):
-        return value.copy()
+        return value
     return (value.astype("float32") - zero_point) * np.float32(scale)
 
 
@@ -133,27 +145,75 @@ def _openvino(path: Path) -> Loaded:
     request = compiled.create_infer_request()
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
-        found = request.infer([images.astype("float32")])
+        # The images are not copied, if they lie as they must.
+        found = request.infer([np.ascontiguousarray(images, "float32")], share_inputs=True)
         return {output.any_name: found[output].copy() for output in compiled.outputs}
 
     return run, [dim.get_length() if dim.is_static else None for dim in compiled.inputs[0].partial_shape]
 
 
 def _torch(path: Path) -> Loaded:
+    files = {"outputs.json": ""}
     with _without_triton():
         import torch
 
-        program = torch.export.load(path)
+        program = torch.export.load(path, extra_files=files)
+    # Files of version 0.1.0 do not name their outputs.
+    names = json.loads(files["outputs.json"] or '["output"]')
     module = program.module()
+    shapes = [node.meta["val"].shape for node in program.graph.nodes if hasattr(node.meta.get("val"), "shape")]
     (name,) = program.graph_signature.user_inputs
     (shape,) = (node.meta["val"].shape for node in program.graph.nodes if node.name == name)
+    count = _images_in_cache(shape, shapes)
 
     def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        batch = torch.from_numpy(np.asarray(images, "float32"))
         with torch.no_grad():
-            y = module(torch.from_numpy(np.asarray(images, "float32")))
-        return {key: value.numpy() for key, value in (y if isinstance(y, dict) else {"output": y}).items()}
+            parts = [module(part) for part in batch.split(count)]
+        if isinstance(parts[0], dict):
+            return {key: torch.cat([part[key] for part in parts]).numpy() for key in parts[0]}
+        return {names[0]: torch.cat(parts).numpy()}
 
     return run, shape
+
+
+def _images_in_cache(shape: Sequence[Any], shapes: list[Any]) -> int:
+    """How many images PyTorch runs at once: so many that their widest tensor needs no memory mapped for each call.
+
+    glibc does that from 32 MB on. Keras's model runs in the same parts (`ops.torch.CHUNK_BYTES`).
+    """
+    if isinstance(shape[0], int):
+        return shape[0]
+    of_images = [other[1:] for other in shapes if len(other) == 4 and not isinstance(other[0], int)]
+    if not all(isinstance(n, int) for sizes in of_images for n in sizes):
+        return BATCH
+    return max(1, int(20e6 / max(4 * math.prod(sizes) for sizes in of_images)))
+
+
+def _executorch(path: Path) -> Loaded:
+    with _without_triton(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of what its packages use of Python and PyTorch.
+        import torch
+        from executorch.runtime import Runtime
+
+    # Its program and methods read the file's memory, which the program keeps.
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    image = method.metadata.input_tensor_meta(0)
+    outputs = range(method.metadata.num_outputs())
+    names = [f"output_{i}" for i in outputs]
+    if "output_names" in program.method_names:
+        names = program.load_method("output_names").execute([])[0].split("\n")
+    count = image.sizes()[0]
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        batch = torch.from_numpy(np.ascontiguousarray(images, "float32"))
+        # The next call writes to the same memory.
+        parts = [[y.clone() for y in method.execute([part])] for part in batch.split(count)]
+        return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in zip(outputs, names, strict=True)}
+
+    # As many images as the caller has, one after the other.
+    return run, (None, *image.sizes()[1:])
 
 
 @contextlib.contextmanager
@@ -183,7 +243,14 @@ def _keras(path: Path) -> Loaded:
     return run, model.inputs[0].shape
 
 
-_LOADERS = {".onnx": _onnx, ".tflite": _litert, ".xml": _openvino, ".pt2": _torch, ".keras": _keras}
+_LOADERS = {
+    ".onnx": _onnx,
+    ".tflite": _litert,
+    ".xml": _openvino,
+    ".pt2": _torch,
+    ".pte": _executorch,
+    ".keras": _keras,
+}
 
 
 def reference_outputs(path: str | os.PathLike[str], images: np.ndarray) -> dict[str, np.ndarray]:

@@ -176,7 +176,10 @@ def test_the_code_about_export(decided, folder):
     labels = model.predict(images, verbose=0).argmax(1)
     model = keras.models.clone_model(model)
     model.set_weights(decided[0].get_weights())
-    names = run_page(EXPORT, {"model": model, "images": images, "labels": labels})
+    # One runtime: each would be another export.
+    changes = [("keras_mnv2.accelerate(model)", 'keras_mnv2.accelerate(model, "onnxruntime")')]
+    names = run_page(EXPORT, {"model": model, "images": images, "labels": labels}, changes)
+    np.testing.assert_allclose(names["scores"], model.predict(images, verbose=0), atol=1e-4)
     assert names["report"].largest_difference < 1e-4
     assert {path.name for path in folder.glob("*.*")} >= {"mobilenet.onnx", "mobilenet_int8.tflite"}
 

@@ -73,12 +73,16 @@ LEVELS = {
     "formats.onnx_file": 0,
     "formats.onnx_integers": 0,
     "formats.runtimes": 0,
+    "formats.coreml": 0,
+    "formats.executorch_file": 0,
+    "formats.exported_program": 0,
     "formats.graphs": 1,
     "formats.litert_file": 0,
     "formats.litert_metadata": 1,
     "formats.web": 0,
     "formats.images": 8,
     "export": 9,
+    "accelerate": 10,
     "classifier": 10,
     "cli": 11,
     "__main__": 12,
@@ -184,6 +188,8 @@ def test_the_pages_tables_are_the_levels():
 
 def test_the_public_names():
     assert set(keras_mnv2.__all__) == {
+        "Accelerated",
+        "accelerate",
         "Checkpoint",
         "Classifier",
         "CostProfile",
@@ -219,7 +225,7 @@ def test_the_public_names():
 
 
 # Their examples start processes.
-EXPORTING = ("export", "formats.runtimes")
+EXPORTING = ("accelerate", "export", "formats.runtimes")
 
 
 @pytest.mark.parametrize(

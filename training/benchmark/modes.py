@@ -128,8 +128,8 @@ class Options:
     def specs(self, mode: str, folder: str) -> list[Spec]:
         """What takes part in a mode."""
         if mode == "accelerate":
-            named = [name + how for name in ACCELERATED if name in self.against for how in ("", BY_HAND)]
-            return [self.spec(name, b, mode, folder) for b in self.backends for name in ("keras_mnv2", *named)]
+            accelerated = [name + how for name in ACCELERATED if name in self.against for how in ("", BY_HAND)]
+            return [self.spec(name, b, mode, folder) for b in self.backends for name in ("keras_mnv2", *accelerated)]
         keras_models = [name for name in KERAS if name in ("keras_mnv2", *self.against)]
         if mode == "host":
             keras_models.append(IN_FIT)

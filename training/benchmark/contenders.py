@@ -22,8 +22,11 @@ from . import frameworks, peers
 from .peers import Spec, images
 
 FIT_STEPS = 8
-FORWARD = ("inference", "latency", "growth")
+FORWARD = ("inference", "latency", "growth", "accelerate")
 KERAS = ("keras_mnv2", "keras.applications")
+# In the mode `accelerate`: runtimes, and the end of the name of one that is called without `accelerate`.
+ACCELERATED = ("openvino", "onnxruntime", "litert")
+BY_HAND = " by hand"
 # In the mode `host`: the same step, inside `fit`.
 IN_FIT = "keras_mnv2 fit"
 # The others, and the modes that each knows.
@@ -65,6 +68,8 @@ def serve(spec: Spec, answer: Callable[..., None]) -> None:
     facts: dict[str, Any]
     if spec.path:
         call, facts = file_call(spec), {}
+    elif spec.mode == "accelerate" and spec.contender not in KERAS:
+        call, facts = accelerated_call(spec), {}
     elif spec.backend:
         call, facts = keras_contender(spec)
     else:
@@ -180,6 +185,36 @@ def file_call(spec: Spec) -> Callable[[], object]:
         return lambda: model.predict_on_batch(x)
     run = keras_mnv2.load_export(spec.path)
     return lambda: run(x)
+
+
+def accelerated_call(spec: Spec) -> Callable[[], object]:
+    """One prediction through `keras_mnv2.accelerate`, or of the same file by the runtime's own functions."""
+    import keras
+
+    import keras_mnv2
+
+    keras.utils.set_random_seed(0)
+    model = keras_mnv2.MobileNetV2((spec.size, spec.size, 3), alpha=spec.alpha, weights=None)
+    x, name = images(spec), spec.contender.removesuffix(BY_HAND)
+    if not spec.contender.endswith(BY_HAND):
+        fast = keras_mnv2.accelerate(model, name)
+        return lambda: fast.predict_on_batch(x)
+    format, suffix = {
+        "openvino": ("openvino", ".xml"),
+        "onnxruntime": ("onnx", ".onnx"),
+        "litert": ("litert", ".tflite"),
+    }[name]
+    path = Path(spec.folder) / f"{spec.backend}-{spec.batch}{suffix}"
+    keras_mnv2.export(model, path, format, overwrite=True, verbose=False)
+    if name == "onnxruntime":
+        session = importlib.import_module("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, {"image": x})
+    if name == "openvino":
+        settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        compiled = importlib.import_module("openvino").Core().compile_model(path, "CPU", settings)
+        request = compiled.create_infer_request()
+        return lambda: request.infer([x], share_inputs=True)[0]
+    return peers.litert_call(str(path), x, os.cpu_count())
 
 
 def process_memory(field: str) -> int:

@@ -23,7 +23,7 @@ from ..process import PACKAGE, fail
 from ..ranges import Amount, Count, MaybeCount, MaybePositive, checked, parsed
 from ..report.versions import versions
 from . import charts
-from .contenders import FLOAT32_ONLY, IN_FIT, KERAS, PEERS
+from .contenders import ACCELERATED, BY_HAND, FLOAT32_ONLY, IN_FIT, KERAS, PEERS
 from .peers import Spec, product_side
 from .rounds import QUIET, Bench, Contender
 
@@ -31,7 +31,7 @@ BACKENDS = ("tensorflow", "jax", "torch")
 # So small that a step is what the host does for it.
 HOST = {"size": 32, "batch": 2, "threads": 1}
 SIZE = 224
-BATCH = {"inference": 32, "latency": 1, "training": 16, "fit": 16, "host": HOST["batch"], "build": 1, "exports": 1}
+BATCH = {"inference": 32, "latency": 1, "training": 16, "fit": 16, "host": HOST["batch"], "build": 1}
 GROWTH_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 GROWTH_SIZES = (96, 128, 160, 192, 224, 288, 352, 448)
 GROWTH_BATCH = 8
@@ -40,7 +40,7 @@ PEAK = "matrix product"
 OTHERS = ("torchvision", "onnxruntime", "openvino", "ai-edge-litert")
 
 Peer = Literal["keras.applications", "torchvision", "torchvision-folded", "onnxruntime", "openvino", "litert"]
-Mode = Literal["inference", "latency", "training", "fit", "host", "build", "growth", "exports"]
+Mode = Literal["inference", "latency", "training", "fit", "host", "build", "growth", "exports", "accelerate"]
 # Takes the rows of a mode that were measured so far.
 Keep = Callable[[list[dict]], None]
 
@@ -60,8 +60,8 @@ class Options:
     mode: tuple[Mode, ...] = ("inference", "latency", "training")
     """Forward passes; of one image; training steps; steps inside `model.fit`; what a training step costs the host:
     tiny ones on one thread, and PyTorch's operators in each; import and build of the model; how time and memory of
-    forward passes grow with batch and pixels; or every exported format in its own runtime, beside the model that it
-    comes from, not folded."""
+    forward passes grow with batch and pixels; every exported format in its own runtime, beside the model that it comes
+    from, not folded; or `keras_mnv2.accelerate` beside the same runtime called by hand and the Keras model."""
     alpha: float = 1.0
     """Width multiplier."""
     size: MaybeCount = None
@@ -127,6 +127,9 @@ class Options:
 
     def specs(self, mode: str, folder: str) -> list[Spec]:
         """What takes part in a mode."""
+        if mode == "accelerate":
+            accelerated = [name + how for name in ACCELERATED if name in self.against for how in ("", BY_HAND)]
+            return [self.spec(name, b, mode, folder) for b in self.backends for name in ("keras_mnv2", *accelerated)]
         keras_models = [name for name in KERAS if name in ("keras_mnv2", *self.against)]
         if mode == "host":
             keras_models.append(IN_FIT)

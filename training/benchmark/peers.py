@@ -32,7 +32,7 @@ class Spec:
     Attributes:
         contender: its name.
         backend: Keras's, empty for a contender that is not a Keras model.
-        mode: inference, latency, training, fit, host, build, growth or exports.
+        mode: inference, latency, training, fit, host, build, growth, exports or accelerate.
         alpha: width multiplier.
         size: side of the images, in pixels.
         batch: images a call.
@@ -189,10 +189,14 @@ def openvino_request(spec: Spec) -> Callable[[], np.ndarray]:
 
 def litert_interpreter(spec: Spec) -> Callable[[], np.ndarray]:
     """keras.applications' network as a LiteRT file, run by LiteRT on the CPU."""
+    return litert_call(_convert(export_litert, spec), images(spec), spec.threads or os.cpu_count())
+
+
+def litert_call(path: str, x: np.ndarray, threads: int | None) -> Callable[[], np.ndarray]:
+    """One call of a LiteRT file for these images, whose tensors are allocated once."""
     from ai_edge_litert.interpreter import Interpreter
 
-    x = images(spec)
-    interpreter = Interpreter(_convert(export_litert, spec), num_threads=spec.threads or os.cpu_count())
+    interpreter = Interpreter(path, num_threads=threads)
     source, target = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
     interpreter.resize_tensor_input(source, x.shape)
     interpreter.allocate_tensors()

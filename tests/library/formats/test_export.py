@@ -270,7 +270,7 @@ def test_a_path_that_exists_is_kept_unless_it_may_be_replaced(decided, tmp_path)
     assert (tmp_path / "old.pt2").read_text() == "old"
     assert (tmp_path / "mine.bin").read_text() == "mine"
     keras_mnv2.export(model, tmp_path / "old.pt2", "torch", overwrite=True, verbose=False)
-    assert keras_mnv2.load_export(tmp_path / "old.pt2")(images[:1])["output"].shape == (1, 5)
+    assert keras_mnv2.load_export(tmp_path / "old.pt2")(images[:1])["predictions"].shape == (1, 5)
 
 
 @pytest.mark.parametrize(

@@ -37,19 +37,22 @@ def round_as_trained(graph: Any) -> None:
     """
     constants = _constants(graph)
     for node in [node for node in graph.node if node.op_type == "Round"]:
+        # A scale of 1, as pixels have, leaves neither a division nor a product.
         divide = _producer(graph, node.input[0])
-        clip = _producer(graph, divide.input[0])
-        (multiply,) = _readers(graph, node.output[0])
-        (subtract,) = _readers(graph, multiply.output[0])
+        plain = divide is not None and divide.op_type == "Clip"
+        clip = divide if plain else _producer(graph, divide.input[0])
+        last = node if plain else _readers(graph, node.output[0])[0]
+        (subtract,) = _readers(graph, last.output[0])
         (add,) = _readers(graph, subtract.output[0])
-        kinds = [other.op_type for other in (clip, divide, multiply, subtract, add)]
-        if kinds != ["Clip", "Div", "Mul", "Sub", "Add"]:
+        between = [node, subtract] if plain else [divide, node, last, subtract]
+        kinds = [other.op_type if other is not None else "nothing" for other in (clip, *between, add)]
+        if kinds not in (["Clip", "Round", "Sub", "Add"], ["Clip", "Div", "Round", "Mul", "Sub", "Add"]):
             raise ValueError(f"the rounding of {node.name!r} was not recognised, it has {', '.join(kinds)}")
-        scale = float(constants[divide.input[1]])
+        scale = 1.0 if plain else float(constants[divide.input[1]])
         low = float(constants[clip.input[1]])
         # A ReLU before it may have raised the lower end.
         zero = int(np.clip(np.round(-low / scale), 0, LEVELS))
-        for other in (divide, node, multiply, subtract):
+        for other in between:
             graph.node.remove(other)
         _insert_pair(graph, add, clip.output[0], add.output[0], scale, zero)
         graph.node.remove(add)

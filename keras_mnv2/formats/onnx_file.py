@@ -79,7 +79,7 @@ def write_onnx(
     _trim_kernels(graph)
     if quantized and precision == "int8":
         integers["round_as_trained"](graph)
-    _pool(graph)
+    _pool(model)
     if precision == "int8":
         if not quantized:
             images = np.load(calibration, mmap_mode="r")
@@ -152,25 +152,28 @@ def _trim_kernels(graph: Any) -> None:
         weight.CopyFrom(numpy_helper.from_array(kernel[:, :, 1:, 1:].copy(), weight.name))
 
 
-def _pool(graph: Any) -> None:
-    """Means and maxima over a map, taken behind a transpose, as poolings that need none."""
+def _pool(model: Any) -> None:
+    """Means and maxima over a map as poolings, also those taken behind a transpose, which then goes."""
+    graph = model.graph
+    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    maps = {value.name for value in inferred if len(value.type.tensor_type.shape.dim) == 4}
     for node in list(graph.node):
-        chain = list(_up_to_transpose(graph, node)) if node.op_type in _POOLINGS else []
-        if not chain or [a.i for a in node.attribute if a.name == "keepdims"] != [0]:
+        if node.op_type not in _POOLINGS or node.input[0] not in maps:
             continue
-        if sorted(axis % 4 for axis in _reduced_axes(graph, node)) != [1, 2]:
+        axes = sorted(axis % 4 for axis in _reduced_axes(graph, node))
+        kept = [a.i for a in node.attribute if a.name == "keepdims"] != [0]
+        if axes == [1, 2] and not kept and (chain := list(_up_to_transpose(graph, node))):
+            *between, transpose = chain
+            (between[-1] if between else node).input[0] = transpose.input[0]
+            graph.node.remove(transpose)
+        elif axes != [2, 3]:
             continue
-        *between, transpose = chain
-        source = transpose.input[0]
-        (between[-1] if between else node).input[0] = source
-        graph.node.remove(transpose)
-        pooled = f"{node.output[0]}_pooled"
-        place = list(graph.node).index(node)
-        pooling = helper.make_node(_POOLINGS[node.op_type], [node.input[0]], [pooled])
-        flatten = helper.make_node("Flatten", [pooled], [node.output[0]], axis=1)
+        pooled = node.output[0] if kept else f"{node.output[0]}_pooled"
+        index = list(graph.node).index(node)
         graph.node.remove(node)
-        graph.node.insert(place, flatten)
-        graph.node.insert(place, pooling)
+        if not kept:
+            graph.node.insert(index, helper.make_node("Flatten", [pooled], [node.output[0]], axis=1))
+        graph.node.insert(index, helper.make_node(_POOLINGS[node.op_type], [node.input[0]], [pooled]))
 
 
 def _up_to_transpose(graph: Any, node: Any) -> Iterator[Any]:

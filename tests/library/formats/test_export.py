@@ -18,7 +18,7 @@ from tests.helpers import note
 
 MATRIX = [pytest.param(*row, marks=marks_of(*row[:2])) for row in FORMATS]
 # Most that is lost of float32: largest difference, mean absolute error, share of images with another class.
-LOSSES = {"float32": (5e-5, 5e-6, 0), "float16": (0.01, 1e-3, 0.03), "dynamic_int8": (0.1, 0.01, 0.1)}
+LOSSES = {"float32": (5e-5, 5e-6, 0), "float16": (0.01, 1e-3, 0.03), "dynamic_int8": (0.1, 0.02, 0.1)}
 # A format that the backend writes in this process, or on JAX a cheap one.
 NATIVE = ("torch", "model.pt2") if keras.backend.backend() == "torch" else ("tf_saved_model", "model")
 LOSSES["int8"] = (0.3, 0.03, 0.2)

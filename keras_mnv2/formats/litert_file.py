@@ -279,12 +279,18 @@ def _add_tensor(
     tensor.shape = np.array(shape, "int32")
     tensor.shapeSignature = None if signature is None else np.array(signature, "int32")
     tensor.hasRank = True
+    tensor.buffer = _add_buffer(model, data)
+    model.subgraphs[0].tensors.append(tensor)
+    return len(model.subgraphs[0].tensors) - 1
+
+
+def _add_buffer(model: Any, data: bytes | None) -> int:
+    from ai_edge_litert import schema_py_generated as schema
+
     buffer = schema.BufferT()
     buffer.data = None if data is None else np.frombuffer(data, "uint8")
     model.buffers.append(buffer)
-    tensor.buffer = len(model.buffers) - 1
-    model.subgraphs[0].tensors.append(tensor)
-    return len(model.subgraphs[0].tensors) - 1
+    return len(model.buffers) - 1
 
 
 def _numbers(model: Any, tensor: Any) -> np.ndarray | None:
@@ -311,8 +317,8 @@ def _numbers(model: Any, tensor: Any) -> np.ndarray | None:
 
 def _set(model: Any, tensor: Any, values: np.ndarray, dtype: str, steps: np.ndarray) -> None:
     """Gives a constant other integers, with a step for each of its first axis."""
-    buffer = model.buffers[tensor.buffer]
-    buffer.data = np.frombuffer(values.astype(dtype).tobytes(), "uint8")
+    # A buffer of its own: constants that are alike, such as biases of zeros, share one.
+    tensor.buffer = _add_buffer(model, values.astype(dtype).tobytes())
     how = tensor.quantization
     how.scale, how.zeroPoint = steps.astype("float32"), np.zeros(len(steps), "int64")
     how.quantizedDimension, how.min, how.max = 0, None, None
@@ -325,10 +331,13 @@ def _drop_unused(model: Any) -> None:
     used |= {int(i) for i in (*graph.inputs, *graph.outputs)}
     kept = [i for i in range(len(graph.tensors)) if i in used]
     number = {old: new for new, old in enumerate(kept)} | {-1: -1}
-    buffers = {graph.tensors[i].buffer for i in kept}
-    for i, tensor in enumerate(graph.tensors):
-        if i not in used and tensor.buffer not in buffers:
-            model.buffers[tensor.buffer].data = None
+    buffers = {
+        tensor.buffer for g in model.subgraphs for i, tensor in enumerate(g.tensors) if g is not graph or i in used
+    }
+    buffers |= {entry.buffer for entry in model.metadata or ()}
+    for i, buffer in enumerate(model.buffers):
+        if i not in buffers:
+            buffer.data = None
     graph.tensors = [graph.tensors[i] for i in kept]
     for holder in (graph, *graph.operators):
         for name in ("inputs", "outputs"):

@@ -141,6 +141,7 @@ def test_the_papers_numbers_of_parameters():
     assert (millions(), millions(aspp=True)) == (2.11, 4.52)
 
 
+@once
 def test_it_trains_with_ignored_pixels():
     keras.utils.set_random_seed(0)
     model = keras_mnv2.DeepLabV3((33, 47, 3), **SMALL, classifier_activation=None)

@@ -83,7 +83,7 @@ def write_files(out: Path, model_file: Path | None, images_file: Path | None, wa
             continue
         if arguments.get("precision") == "int8":
             arguments = {**arguments, "calibration": calibration}
-        if arguments["format"] == "coreml":
+        if arguments["format"] in ("coreml", "litert"):
             arguments = {**arguments, "labels": [f"class {i}" for i in range(model.output_shape[-1])]}
         try:
             keras_mnv2.export(model, out / file, **arguments)  # type: ignore[arg-type]

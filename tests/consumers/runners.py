@@ -115,7 +115,9 @@ def mnn(file: Path, images: np.ndarray) -> Scores:
     shape = (1, *images.shape[1:])
     interpreter.resizeTensor(image, shape)
     interpreter.resizeSession(session)
-    kind = MNN.Tensor_DimensionType_Caffe if channels_first(file) else MNN.Tensor_DimensionType_Tensorflow
+    # The order of an ONNX file's axes is MNN's own, whatever they stand for.
+    tflite = file.suffix == ".tflite"
+    kind = MNN.Tensor_DimensionType_Tensorflow if tflite else MNN.Tensor_DimensionType_Caffe
 
     def run(x: np.ndarray) -> np.ndarray:
         image.copyFrom(MNN.Tensor(shape, MNN.Halide_Type_Float, x, kind))

@@ -118,8 +118,10 @@ def DeepLabV3(
                 f"weights must be of a segmentation network, got {str(source.path)!r}, which has no segmentation head; "
                 "weights_backbone takes a classifier's."
             )
-        if published is None:
-            aspp = _branches(source) if aspp is None else aspp
+        if aspp is None and _branches(source):
+            # The shapes in a file do not say its rates: other ones would give other scores.
+            print(f"{source.path.name}: its dilated branches get the rates of the authors' code; aspp has others.")
+            aspp = True
     elif averaged is not None and weights_backbone is None:
         raise ValueError(f"averaged must be left out where there are no weights, got {averaged!r}.")
     classes = check_whole("classes", (width or 21) if classes is None else classes, most=MOST_PARAMETERS)

@@ -39,7 +39,6 @@ def transformers_model(rng, alpha=1.0, output_stride=8, classes=21):
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
     """transformers' network and its file."""
-    pytest.importorskip("transformers")
     from safetensors.torch import save_file
 
     model = transformers_model(np.random.default_rng(0))
@@ -75,7 +74,6 @@ def test_logits_are_those_of_transformers(theirs):
 
 
 def test_half_width_and_output_stride_16(tmp_path):
-    pytest.importorskip("transformers")
     import torch
 
     model = transformers_model(np.random.default_rng(2), 0.5, 16, 7)
@@ -236,3 +234,16 @@ def test_it_leaves_as_a_file(tmp_path):
     keras_mnv2.export(model, tmp_path / file, format, sample=images, verbose=False)
     found = keras_mnv2.load_export(tmp_path / file)(images)
     assert {name: y.shape for name, y in found.items()} == {"mask": (2, 65, 65, 3)}
+
+
+@once
+def test_rates_that_a_file_does_not_say_are_told(tmp_path, capsys):
+    model = keras_mnv2.DeepLabV3((33, 33, 3), **SMALL, aspp=(2, 4, 6))
+    model.save(tmp_path / "rates.keras")
+    capsys.readouterr()
+    found = keras_mnv2.DeepLabV3((33, 33, 3), weights=tmp_path / "rates.keras")
+    assert "get the rates of the authors' code" in capsys.readouterr().out
+    assert found.get_layer("aspp1").dilation_rate == (6, 6)
+    again = keras_mnv2.DeepLabV3((33, 33, 3), weights=tmp_path / "rates.keras", aspp=(2, 4, 6))
+    assert not capsys.readouterr().out
+    assert again.get_layer("aspp3").dilation_rate == (6, 6)

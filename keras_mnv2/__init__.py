@@ -8,9 +8,10 @@ from keras_mnv2 import applications, layers
 from keras_mnv2.accelerate import Accelerated, accelerate
 from keras_mnv2.classifier import Classifier, load_classifier
 from keras_mnv2.cost import CostProfile, cost_profile
-from keras_mnv2.export import ExportReport, export
+from keras_mnv2.export import export
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.folders import class_folders
+from keras_mnv2.formats.comparison import ExportReport
 from keras_mnv2.formats.runtimes import load_export
 from keras_mnv2.freeze import freeze, unfreeze
 from keras_mnv2.model import MobileNetV2

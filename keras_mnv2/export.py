@@ -1,14 +1,9 @@
 """Models as files for other runtimes, from every backend, each checked in its own runtime."""
 
-import contextlib
 import importlib.util
 import json
-import os
-import signal
-import subprocess
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +13,19 @@ import numpy as np
 
 from keras_mnv2.annotations import PathLike, Tensor
 from keras_mnv2.checks import check_choice, check_flag, check_path, check_whole
-from keras_mnv2.files import folder_beside
+from keras_mnv2.files import cleaned_up, folder_beside, move_results
 from keras_mnv2.fold import fold_batch_norm
-from keras_mnv2.formats import converters, graphs, runtimes, web
+from keras_mnv2.formats import converters, graphs, web
+from keras_mnv2.formats.comparison import ExportReport, compare, computes_in_16_bits, size_of
 from keras_mnv2.formats.graphs import (
     TRACED_SIDE,
     input_name,
-    named,
     output_names,
     write_exported_program,
     write_saved_model,
 )
 from keras_mnv2.formats.images import check_page, finish_litert, preprocessing_of_model, takes_pixels
+from keras_mnv2.formats.processes import run_python
 from keras_mnv2.preprocessing import imagenet_labels, scales_pixels
 from keras_mnv2.quantize import is_quantized
 from keras_mnv2.rewrite import copy_weights, layers_of
@@ -77,54 +73,6 @@ LABELLED = ("tf_saved_model", "litert", "coreml", "web")
 LAYOUTS = ("NHWC", "NCHW")
 # Of ONNX: the first with a scale for each channel, and the newest that PyTorch and ONNX Runtime share.
 OPSETS = (13, 23)
-# The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
-# float32, and where weights are rounded to 16 bits up to 0.03 in untrained networks; a wrong one about 1.
-LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 1e-1}
-# For integers the mean error, as a share of the outputs' mean deviation from their mean: trained networks show some
-# hundredths, untrained ones up to 0.7, and outputs that say nothing 1 or more.
-LARGEST_MEAN_ERROR = 0.8
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What `export` wrote, and how near it is to the model.
-
-    Attributes:
-        path: of the file or folder.
-        format: as asked for.
-        precision: as asked for.
-        images: how many were compared; 0 where the format cannot be run here, as Core ML.
-        largest_difference: of any number of any output, absolute; None where nothing was run.
-        mean_absolute_error: over all numbers of all outputs; None where nothing was run.
-        top1_agreement: share of the images whose largest score is of the same class; None unless the model has one
-            output (batch, classes).
-        size: of the file or folder, in bytes.
-        reference_difference: for LiteRT's 8-bit integers, `largest_difference` with LiteRT's reference kernels, which
-            microcontrollers compute bit for bit; its XNNPACK kernels give `largest_difference`. On up to 8 images.
-    """
-
-    path: Path
-    format: str
-    precision: str
-    images: int
-    largest_difference: float | None
-    mean_absolute_error: float | None
-    top1_agreement: float | None
-    size: int
-    reference_difference: float | None = None
-
-    def __str__(self) -> str:
-        if self.largest_difference is None:
-            return f"{self.path}: {self.size / 1e6:.2f} MB, converted, not run: only Apple's systems run Core ML"
-        words = [
-            f"{self.path}: {self.size / 1e6:.2f} MB, on {self.images} images largest difference "
-            f"{self.largest_difference:.2g}, mean absolute error {self.mean_absolute_error:.2g}"
-        ]
-        if self.top1_agreement is not None:
-            words.append(f"top-1 agreement {self.top1_agreement:.2%}")
-        if self.reference_difference is not None:
-            words.append(f"with LiteRT's reference kernels largest difference {self.reference_difference:.2g}")
-        return ", ".join(words)
 
 
 def export(
@@ -220,10 +168,10 @@ def export(
     images = _sample(model, sample, calibration)
     _require(format)
     source = _folded(model) if (format != "keras" if fold is None else fold) else model
-    if _computes_in_16_bits(model) and format != "keras":
+    if computes_in_16_bits(model) and format != "keras":
         source = _in_float32(source)
 
-    with _cleaned_up(), folder_beside(path) as folder:
+    with cleaned_up(), folder_beside(path) as folder:
         # Files that name each other, as OpenVINO's do, need their final names.
         target = folder / "result" / path.name
         target.parent.mkdir()
@@ -251,10 +199,10 @@ def export(
         else:
             _cross_over(source, folder, format, target, labels)
         if format == "coreml":
-            report = ExportReport(path, format, precision, 0, None, None, None, _size(target.parent))
+            report = ExportReport(path, format, precision, 0, None, None, None, size_of(target.parent))
         else:
-            report = _compare(model, checked, images, folder, path, format, precision, quantized, layout)
-        _move(target.parent, path, folder, overwrite)
+            report = compare(model, checked, images, folder, path, format, precision, quantized, layout)
+        move_results(target.parent, path, folder, overwrite)
     if verbose:
         print(report)
     return report
@@ -393,10 +341,6 @@ def _folded(model: keras.Model) -> keras.Model:
         raise ValueError(f"{error} With fold=False the model is exported as it is.") from error
 
 
-def _computes_in_16_bits(model: keras.Model) -> bool:
-    return any(getattr(layer, "compute_dtype", "") in ("float16", "bfloat16") for layer in layers_of(model))
-
-
 def _in_float32(model: keras.Model) -> keras.Model:
     """A copy that computes in float32: most runtimes have no other convolutions on a CPU."""
     pairs = []
@@ -421,7 +365,7 @@ def _convert(model: keras.Model, folder: Path, format: str, target: Path, option
         _cross_over(model, folder, format, graph, None, target, options)
         return
     _write(model, graph, format)
-    _run(converters.__file__, format, graph, target, options)
+    run_python(converters.__file__, format, graph, target, options)
 
 
 def _write(model: keras.Model, path: Path, format: str, labels: list[str] | None = None) -> None:
@@ -451,164 +395,10 @@ def _cross_over(
         )
     model.save(folder / "model.keras")
     about = json.dumps({"labels": labels, "program": _program(model, format), "modules": sorted(modules)})
-    _run("-m", graphs.__name__, format, folder / "model.keras", graph, about, *conversion, backend=backend)
+    run_python("-m", graphs.__name__, format, folder / "model.keras", graph, about, *conversion, backend=backend)
 
 
 def _is_active(format: str) -> bool:
     """Whether this process can write the format's graph. A program of PyTorch keeps the device it was traced on."""
     backend = keras.backend.backend()
     return backend == FORMATS[format].backend and not (backend == "torch" and sys.modules["torch"].cuda.is_available())
-
-
-def _run(*arguments: Any, backend: str = "tensorflow") -> None:
-    """Runs Python with these arguments; what goes wrong in it is one sentence."""
-    # A child that needs no accelerator: the parent may hold all of its memory.
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    # What the caller can import, such as modules with layers of their own, the child can too.
-    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
-    command = [sys.executable, "-P", "-W", "ignore", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.strip().splitlines() if line] or [f"exit status {done.returncode}"]
-        raise RuntimeError(f"The export failed in its own process: {_cause(lines)}")
-
-
-def _cause(lines: list[str]) -> str:
-    """The line that names an exception, the last that starts as one does; or the last line."""
-    errors = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-    return (errors or lines)[-1][:500]
-
-
-def _compare(
-    model: keras.Model,
-    target: Path,
-    images: np.ndarray,
-    folder: Path,
-    path: Path,
-    format: str,
-    precision: str,
-    quantized: bool,
-    layout: str | None,
-) -> ExportReport:
-    """Runs the file in its own runtime, at two batch sizes, and reports how its outputs differ."""
-    batches = [images, images[:1] if len(images) > 1 else np.repeat(images, 2, axis=0)]
-    # A file of another layout than the model takes the same images in its own.
-    moved = {None: lambda x: x, "NCHW": lambda x: np.moveaxis(x, -1, 1), "NHWC": lambda x: np.moveaxis(x, 1, -1)}
-    np.savez(folder / "images.npz", *map(moved[layout], batches))
-    arguments = (runtimes.__file__, target, folder / "images.npz", folder / "outputs.npz")
-    also = ("--reference",) if (format, precision) == ("litert", "int8") else ()
-    _run(*arguments, *also, backend=keras.backend.backend() if format == "keras" else "tensorflow")
-    expected = runtimes.outputs_of(lambda x: _numpy(named(model, model.predict(x, verbose=0))), batches)
-    with np.load(folder / "outputs.npz") as file:
-        found = dict(file)
-    reference = {name: found.pop(name) for name in list(found) if name.startswith(runtimes.REFERENCE)}
-    if len(model.outputs) == 1:
-        # A single tensor of PyTorch has no name.
-        found = dict(zip(sorted(expected), (found[name] for name in sorted(found)), strict=True))
-    if {name: y.shape for name, y in found.items()} != {name: y.shape for name, y in expected.items()}:
-        raise RuntimeError(f"The export has the outputs {_shapes(found)}, the model {_shapes(expected)}.")
-    errors = {name: np.abs(expected[name].astype("float64") - found[name]) for name in expected}
-    largest = max(float(error.max()) for error in errors.values())
-    mean = float(np.concatenate([error.ravel() for error in errors.values()]).mean())
-    agreement = None
-    if len(model.outputs) == 1 and (scores := next(iter(expected.values()))).ndim == 2 and scores.shape[1] > 1:
-        (name,) = (name for name in expected if name.startswith("0/"))
-        agreement = float((expected[name].argmax(1) == found[name].argmax(1)).mean())
-    # A last bit more or less rounds some numbers of a quantised model to another level.
-    if precision in LARGEST_DIFFERENCE and not quantized:
-        scale = max(1.0, *(float(np.abs(y).max()) for y in expected.values()))
-        # A model of 16 bits leaves in float32.
-        limit = scale * LARGEST_DIFFERENCE["float16" if _computes_in_16_bits(model) else precision]
-        what, value = "its largest difference", largest
-    else:
-        limit = LARGEST_MEAN_ERROR * min(float(np.abs(y - y.mean()).mean()) for y in expected.values())
-        what, value = "its mean absolute error", mean
-    if not value <= limit:
-        raise RuntimeError(
-            f"The export to {str(path)!r} differs from the model: {what} is {value:.2g}, the most that {precision} "
-            f"may show {limit:.2g}; nothing was written."
-        )
-    other = None
-    if reference:
-        # In the order of the names, as above.
-        first = {name: y[: runtimes.REFERENCE_IMAGES] for name, y in sorted(expected.items()) if name.startswith("0/")}
-        pairs = list(zip(first.values(), (reference[name] for name in sorted(reference)), strict=True))
-        other = max(float(np.abs(y.astype("float64") - z).max()) for y, z in pairs)
-    return ExportReport(path, format, precision, len(images), largest, mean, agreement, _size(target.parent), other)
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _numpy(outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: keras.ops.convert_to_numpy(y) for name, y in outputs.items()}
-
-
-def _shapes(outputs: dict[str, np.ndarray]) -> str:
-    return ", ".join(f"{name.partition('/')[2]} {y.shape}" for name, y in outputs.items() if name.startswith("0/"))
-
-
-class _Terminated(BaseException):
-    """SIGTERM came."""
-
-
-@contextlib.contextmanager
-def _cleaned_up() -> Iterator[None]:
-    """Inside, SIGTERM first raises, so that no scratch folder and no child stays, and then ends the process."""
-
-    def terminate(number: int, frame: Any) -> None:
-        raise _Terminated
-
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        # The caller has a handler, or signals end in another thread.
-        yield
-        return
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except _Terminated:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _move(folder: Path, path: Path, scratch: Path, overwrite: bool) -> None:
-    """Gives the results their final names, the named one last; where that fails, all is as it was before.
-
-    What they replace goes when the scratch folder does.
-
-    Raises:
-        ValueError: without `overwrite`, where something has got the name meanwhile.
-    """
-    with contextlib.ExitStack() as undo:
-        for result in sorted(folder.iterdir(), key=lambda result: result.name == path.name):
-            final, replaced = path.with_name(result.name), scratch / f"replaced-{result.name}"
-            if overwrite and final.exists():
-                final.rename(replaced)
-                undo.callback(replaced.rename, final)
-            _rename_to_new(result, final)
-            undo.callback(final.rename, result)
-        undo.pop_all()
-
-
-def _rename_to_new(result: Path, final: Path) -> None:
-    """Renames, but never over something; what else writes there may have got the name in the meantime."""
-    try:
-        if result.is_dir():
-            # A folder that holds something is not replaced.
-            result.rename(final)
-        else:
-            os.link(result, final)
-            result.unlink()
-    except OSError as error:
-        if final.exists():
-            raise ValueError(
-                f"path must be new, got {str(final)!r}, which something else has written meanwhile."
-            ) from error
-        if result.is_dir():
-            raise
-        # A file system without links.
-        result.rename(final)

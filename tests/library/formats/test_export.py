@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import keras_mnv2
+from keras_mnv2.files import move_results
 from tests.conftest import once, once_on
 from tests.exports import FORMATS, LABELS, marks_of, small
 from tests.helpers import note
@@ -183,7 +184,7 @@ def test_features_of_images_of_any_size(tmp_path):
 
 
 @once_on("tensorflow")
-def test_a_users_sequential_model_and_mixed_precision(tmp_path):
+def test_a_users_sequential_model(tmp_path):
     backbone = small(include_top=False, pooling="avg")
     user = keras.Sequential(
         [
@@ -197,6 +198,10 @@ def test_a_users_sequential_model_and_mixed_precision(tmp_path):
     for fold in (True, False):
         report = keras_mnv2.export(user, tmp_path / NATIVE[1], NATIVE[0], fold=fold, overwrite=True, verbose=False)
         assert report.largest_difference <= 1e-5
+
+
+@once
+def test_a_model_of_mixed_precision_leaves_in_float32(tmp_path):
     mixed = small(dtype="mixed_bfloat16")
     report = keras_mnv2.export(mixed, tmp_path / "b.onnx", "onnx", verbose=False)
     assert report.largest_difference <= 0.05
@@ -252,7 +257,7 @@ def test_what_cannot_be_folded_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@once_on("tensorflow")
+@once
 def test_a_path_that_exists_is_kept_unless_it_may_be_replaced(decided, tmp_path):
     model, images = decided
     (tmp_path / "notes").mkdir()
@@ -394,7 +399,7 @@ keras_mnv2.export(model, sys.argv[1], sys.argv[2])
 
 
 @once_on("tensorflow")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(number, tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "a.xml"), "openvino"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -424,7 +429,7 @@ def test_what_got_the_name_meanwhile_is_kept(name, tmp_path):
     write(results / name, "second")
     write(tmp_path / name, "first")
     with pytest.raises(ValueError, match=r"path must be new, got .*, which something else has written meanwhile"):
-        sys.modules["keras_mnv2.export"]._move(results, tmp_path / name, scratch, False)
+        move_results(results, tmp_path / name, scratch, False)
     path = tmp_path / name
     assert (path if path.suffix else path / "saved_model.pb").read_text() == "first"
 
@@ -465,8 +470,8 @@ def test_a_move_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", full(Path.rename))
     monkeypatch.setattr(os, "link", full(os.link))
     with pytest.raises(OSError, match="No space left"):
-        sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch, True)
+        move_results(results, tmp_path / "a.xml", scratch, True)
     assert [(tmp_path / name).read_text() for name in ("a.bin", "a.xml")] == ["old", "old"]
     monkeypatch.undo()
-    sys.modules["keras_mnv2.export"]._move(results, tmp_path / "a.xml", scratch, True)
+    move_results(results, tmp_path / "a.xml", scratch, True)
     assert [(tmp_path / name).read_text() for name in ("a.bin", "a.xml")] == ["new", "new"]

@@ -1,0 +1,136 @@
+"""An exported file in its own runtime beside the model that it comes from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_mnv2.annotations import Tensor
+from keras_mnv2.formats import runtimes
+from keras_mnv2.formats.graphs import named
+from keras_mnv2.formats.processes import run_python
+from keras_mnv2.rewrite import layers_of
+
+# The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
+# float32, and where weights are rounded to 16 bits up to 0.03 in untrained networks; a wrong one about 1.
+LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 1e-1}
+# For integers the mean error, as a share of the outputs' mean deviation from their mean: trained networks show some
+# hundredths, untrained ones up to 0.7, and outputs that say nothing 1 or more.
+LARGEST_MEAN_ERROR = 0.8
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` wrote, and how near it is to the model.
+
+    Attributes:
+        path: of the file or folder.
+        format: as asked for.
+        precision: as asked for.
+        images: how many were compared; 0 where the format cannot be run here, as Core ML.
+        largest_difference: of any number of any output, absolute; None where nothing was run.
+        mean_absolute_error: over all numbers of all outputs; None where nothing was run.
+        top1_agreement: share of the images whose largest score is of the same class; None unless the model has one
+            output (batch, classes).
+        size: of the file or folder, in bytes.
+        reference_difference: for LiteRT's 8-bit integers, `largest_difference` with LiteRT's reference kernels, which
+            microcontrollers compute bit for bit; its XNNPACK kernels give `largest_difference`. On up to 8 images.
+    """
+
+    path: Path
+    format: str
+    precision: str
+    images: int
+    largest_difference: float | None
+    mean_absolute_error: float | None
+    top1_agreement: float | None
+    size: int
+    reference_difference: float | None = None
+
+    def __str__(self) -> str:
+        if self.largest_difference is None:
+            return f"{self.path}: {self.size / 1e6:.2f} MB, converted, not run: only Apple's systems run Core ML"
+        words = [
+            f"{self.path}: {self.size / 1e6:.2f} MB, on {self.images} images largest difference "
+            f"{self.largest_difference:.2g}, mean absolute error {self.mean_absolute_error:.2g}"
+        ]
+        if self.top1_agreement is not None:
+            words.append(f"top-1 agreement {self.top1_agreement:.2%}")
+        if self.reference_difference is not None:
+            words.append(f"with LiteRT's reference kernels largest difference {self.reference_difference:.2g}")
+        return ", ".join(words)
+
+
+def compare(
+    model: keras.Model,
+    target: Path,
+    images: np.ndarray,
+    folder: Path,
+    path: Path,
+    format: str,
+    precision: str,
+    quantized: bool,
+    layout: str | None,
+) -> ExportReport:
+    """Runs the file in its own runtime, at two batch sizes, and reports how its outputs differ."""
+    batches = [images, images[:1] if len(images) > 1 else np.repeat(images, 2, axis=0)]
+    # A file of another layout than the model takes the same images in its own.
+    moved = {None: lambda x: x, "NCHW": lambda x: np.moveaxis(x, -1, 1), "NHWC": lambda x: np.moveaxis(x, 1, -1)}
+    np.savez(folder / "images.npz", *map(moved[layout], batches))
+    arguments = (runtimes.__file__, target, folder / "images.npz", folder / "outputs.npz")
+    also = ("--reference",) if (format, precision) == ("litert", "int8") else ()
+    run_python(*arguments, *also, backend=keras.backend.backend() if format == "keras" else "tensorflow")
+    expected = runtimes.outputs_of(lambda x: _numpy(named(model, model.predict(x, verbose=0))), batches)
+    with np.load(folder / "outputs.npz") as file:
+        found = dict(file)
+    reference = {name: found.pop(name) for name in list(found) if name.startswith(runtimes.REFERENCE)}
+    if len(model.outputs) == 1:
+        # A single tensor of PyTorch has no name.
+        found = dict(zip(sorted(expected), (found[name] for name in sorted(found)), strict=True))
+    if {name: y.shape for name, y in found.items()} != {name: y.shape for name, y in expected.items()}:
+        raise RuntimeError(f"The export has the outputs {_shapes(found)}, the model {_shapes(expected)}.")
+    errors = {name: np.abs(expected[name].astype("float64") - found[name]) for name in expected}
+    largest = max(float(error.max()) for error in errors.values())
+    mean = float(np.concatenate([error.ravel() for error in errors.values()]).mean())
+    agreement = None
+    if len(model.outputs) == 1 and (scores := next(iter(expected.values()))).ndim == 2 and scores.shape[1] > 1:
+        (name,) = (name for name in expected if name.startswith("0/"))
+        agreement = float((expected[name].argmax(1) == found[name].argmax(1)).mean())
+    # A last bit more or less rounds some numbers of a quantised model to another level.
+    if precision in LARGEST_DIFFERENCE and not quantized:
+        scale = max(1.0, *(float(np.abs(y).max()) for y in expected.values()))
+        # A model of 16 bits leaves in float32.
+        limit = scale * LARGEST_DIFFERENCE["float16" if computes_in_16_bits(model) else precision]
+        what, value = "its largest difference", largest
+    else:
+        limit = LARGEST_MEAN_ERROR * min(float(np.abs(y - y.mean()).mean()) for y in expected.values())
+        what, value = "its mean absolute error", mean
+    if not value <= limit:
+        raise RuntimeError(
+            f"The export to {str(path)!r} differs from the model: {what} is {value:.2g}, the most that {precision} "
+            f"may show {limit:.2g}; nothing was written."
+        )
+    other = None
+    if reference:
+        # In the order of the names, as above.
+        first = {name: y[: runtimes.REFERENCE_IMAGES] for name, y in sorted(expected.items()) if name.startswith("0/")}
+        pairs = list(zip(first.values(), (reference[name] for name in sorted(reference)), strict=True))
+        other = max(float(np.abs(y.astype("float64") - z).max()) for y, z in pairs)
+    return ExportReport(path, format, precision, len(images), largest, mean, agreement, size_of(target.parent), other)
+
+
+def computes_in_16_bits(model: keras.Model) -> bool:
+    return any(getattr(layer, "compute_dtype", "") in ("float16", "bfloat16") for layer in layers_of(model))
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _numpy(outputs: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: keras.ops.convert_to_numpy(y) for name, y in outputs.items()}
+
+
+def _shapes(outputs: dict[str, np.ndarray]) -> str:
+    return ", ".join(f"{name.partition('/')[2]} {y.shape}" for name, y in outputs.items() if name.startswith("0/"))

@@ -121,6 +121,6 @@ CONSUMERS = (
     Consumer("Vela (Ethos-U)", "5.2.0", ("LiteRT int8",), "vela", ("ethos-u-vela==5.2.0",)),
     Consumer("MediaPipe", "1.2.3", ("LiteRT", "LiteRT int8", "LiteRT uint8"), "mediapipe", ("mediapipe==1.2.3",)),
     Consumer("PyTorch", "2.14.1", (".pt2",), "pytorch", ("torch==2.14.1", "numpy"), large=True),
-    Consumer("ExecuTorch", "1.5.1", ("ExecuTorch",), "executorch", ("executorch==1.5.1",), large=True),
+    Consumer("ExecuTorch", "1.5.1", ("ExecuTorch",), "executorch", ("executorch==1.5.1", "torch==2.14.1"), large=True),
     Consumer("coremltools", "9.0", ("Core ML",), "coreml", ("coremltools==9.0",)),
 )

@@ -53,7 +53,7 @@ def run(material, tmp_path, monkeypatch, capsys):
     return run
 
 
-@once_on("jax")
+@once_on("torch")
 def test_transfer_learning(run, material):
     out = run("transfer_learning.py", material / "photos", "--size", 32, "--head-epochs", 100, "--epochs", 1)
     # The bars of both phases, and what is frozen.

@@ -18,8 +18,8 @@ from PIL import Image
 
 import keras_mnv2
 from keras_mnv2.weights import source
-from tests.conftest import once, once_on
-from tests.exports import LABELS, marks_of
+from tests.conftest import marks, once
+from tests.exports import LABELS
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -115,7 +115,7 @@ def test_the_code_of_the_start(folder):
     assert set(names["backbone"].output) == {f"stride_{n}" for n in (2, 4, 8, 16, 32)}
 
 
-@once_on("tensorflow")
+@once
 def test_the_code_for_those_who_come_from_keras_applications(folder):
     names = run_page("docs/keras_applications.md")
     x = np.random.default_rng(0).uniform(-1, 1, (2, 96, 96, 3))
@@ -185,15 +185,15 @@ def test_the_code_about_export(decided, folder):
 
 
 RUNS = [
-    pytest.param(i, name, format, precision, marks=marks_of(format, precision))
-    for i, (name, format, precision) in enumerate(
+    pytest.param(i, name, format, precision, marks=marks(backend))
+    for i, (name, format, precision, backend) in enumerate(
         [
-            ("mobilenet", "tf_saved_model", "float32"),
-            ("mobilenet.onnx", "onnx", "float32"),
-            ("mobilenet.tflite", "litert", "float16"),
-            ("mobilenet_int8.tflite", "litert", "int8"),
-            ("mobilenet.xml", "openvino", "float32"),
-            ("mobilenet.pt2", "torch", "float32"),
+            ("mobilenet", "tf_saved_model", "float32", "tensorflow"),
+            ("mobilenet.onnx", "onnx", "float32", "torch"),
+            ("mobilenet.tflite", "litert", "float16", "tensorflow"),
+            ("mobilenet_int8.tflite", "litert", "int8", "torch"),
+            ("mobilenet.xml", "openvino", "float32", "tensorflow"),
+            ("mobilenet.pt2", "torch", "float32", "torch"),
         ]
     )
 ]

@@ -197,6 +197,7 @@ def test_an_exported_file_is_evaluated_as_the_model_is(files, capsys, tmp_path):
     assert again != pytest.approx(found[0][1:], rel=1e-3)
 
 
+@once
 def test_what_a_build_prints_stays_out_of_the_json(files, capsys, monkeypatch):
     folder, model = files
 
@@ -228,6 +229,7 @@ def test_mistakes_come_before_any_download(files, capsys, monkeypatch, tmp_path)
         assert message in err
 
 
+@once
 def test_models_that_cannot_be_used_are_named(files, capsys, tmp_path):
     folder, _ = files
     model = keras_mnv2.MobileNetV2((32, 32, 1), alpha=0.35, weights=None, classes=2)

@@ -54,10 +54,12 @@ def names_without_norms(model):
     [
         {"classifier_activation": None},
         {"include_top": False, "features": True, "input_shape": (None, None, 3)},
-        {"include_top": False, "pooling": "max", "padding": "symmetric", "norm_epsilon": 1e-5},
+        pytest.param(
+            {"include_top": False, "pooling": "max", "padding": "symmetric", "norm_epsilon": 1e-5}, marks=ONCE
+        ),
         {"stochastic_depth": 0.2, "norm_layer": "sync_batch_norm", "output_stride": 8},
         {"norm_layer": keras.layers.BatchNormalization(scale=False, epsilon=0.01), "activation": "silu"},
-        {"norm_layer": keras.layers.BatchNormalization(center=False)},
+        pytest.param({"norm_layer": keras.layers.BatchNormalization(center=False)}, marks=ONCE),
     ],
     ids=lambda arguments: "-".join(arguments) or "plain",
 )
@@ -146,7 +148,7 @@ def test_a_folded_model_is_saved_and_trained_like_any_other(rng, tmp_path):
     assert sum(changed) > len(changed) / 2
 
 
-@pytest.mark.parametrize("block", [None, InvertedResidual])
+@pytest.mark.parametrize("block", [None, pytest.param(InvertedResidual, marks=ONCE)])
 def test_a_fine_tuned_model_with_frozen_blocks_stays_so(block, rng):
     model = small(dropout=0, block=block)
     last = "block_1_project" if block is None else "block_1"

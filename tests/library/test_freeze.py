@@ -6,6 +6,7 @@ import pytest
 import keras_mnv2
 from keras_mnv2.layers import InvertedResidual
 from tests import twins
+from tests.conftest import once
 
 
 def compact():
@@ -24,6 +25,7 @@ def flattened():
 MODELS = {"ours": twins.ours, "theirs": twins.theirs, "compact": compact, "nested": nested, "flattened": flattened}
 
 
+@once
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_before_a_block_is_frozen_and_norms_everywhere(name, capsys):
     model = MODELS[name]()
@@ -45,6 +47,7 @@ def test_what_is_before_a_block_is_frozen_and_norms_everywhere(name, capsys):
     assert len(model.trainable_weights) == 158
 
 
+@once
 @pytest.mark.parametrize("name", ["ours", "compact", "nested"])
 def test_what_is_frozen_stays_so_in_files_and_copies(name, tmp_path):
     model = MODELS[name]()

@@ -221,6 +221,7 @@ def test_input_shape_must_agree_with_input_tensor():
         small(input_shape=(64, 64, 3), input_tensor=keras.Input((32, 32, 3)))
 
 
+@once
 def test_input_tensor_keeps_what_comes_before(rng):
     source = keras.Input((32, 32, 1))
     model = small(input_shape=None, input_tensor=keras.layers.Concatenate()([source] * 3))
@@ -250,6 +251,7 @@ def test_features_by_name_equal_the_whole_models(rng):
     check_features(model, [model.get_layer(name).output for name in ends], rng)
 
 
+@once
 def test_features_of_blocks_as_layers_equal_the_whole_models(rng):
     model = small(include_top=False, block=keras_mnv2.layers.InvertedResidual)
     stem, block_3, block_12 = (model.get_layer(name).output for name in ("stem", "block_3", "block_12"))
@@ -362,6 +364,7 @@ def test_fit_learns_and_validates_in_its_first_epochs(rng):
     assert max(history.history["val_accuracy"]) >= 0.95
 
 
+@once
 def test_a_model_with_a_head_is_saved_and_loaded(tmp_path, rng):
     backbone = small(include_top=False, pooling="avg", norm_layer="sync_batch_norm")
     model = keras.Sequential([backbone, keras.layers.Dense(3)])
@@ -372,6 +375,7 @@ def test_a_model_with_a_head_is_saved_and_loaded(tmp_path, rng):
     assert np.array_equal(loaded.predict(x, verbose=0), expected)
 
 
+@once
 @pytest.mark.parametrize(
     "dtype", [None, "float16", "mixed_bfloat16", "float32", keras.DTypePolicy("float32"), np.float32]
 )

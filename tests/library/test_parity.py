@@ -192,7 +192,8 @@ def flat(weights):
     [("silu", 1e-5, 1e-3), pytest.param("relu6", None, 0.1, marks=pytest.mark.slow)],
 )
 def test_keras_files_infer_and_learn_alike_on_all_backends(activation, of_a_weight, of_the_step, tmp_path, rng):
-    common = {"input_shape": (64, 64, 3), "alpha": 0.35, "weights": None, "classes": 10}
+    rows = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 1, 1)]
+    common = {"input_shape": (64, 64, 3), "weights": None, "classes": 10, "inverted_residual_setting": rows}
     infers = keras_mnv2.MobileNetV2(**common, stochastic_depth=0.1)
     randomise(infers, rng)
     infers.save(tmp_path / "infers.keras")

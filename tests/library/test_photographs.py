@@ -7,6 +7,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import keras_mnv2
+from tests.conftest import once
 
 NAME = "torchvision/IMAGENET1K_V2"
 
@@ -45,6 +46,7 @@ def test_a_batch_is_what_the_functions_give(folder, name):
     np.testing.assert_array_equal(raw[1][0][0], keras_mnv2.resize_and_crop(data.paths[4], name, 96))
 
 
+@once
 def test_evaluate_and_predict_take_it(folder):
     model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=2)
     model.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])

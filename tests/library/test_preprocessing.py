@@ -24,7 +24,7 @@ from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import M
 
 import keras_mnv2
 from keras_mnv2 import decode_predictions, list_weights, preprocess_input, resize_and_crop
-from tests.conftest import ONCE
+from tests.conftest import ONCE, once
 from tests.helpers import note, randomise, relative_difference
 
 # One record of each library, the ones whose models run end to end below.
@@ -132,6 +132,7 @@ RECORDS = [
 ]
 
 
+@once
 @pytest.mark.parametrize("name", RECORDS)
 def test_bytes_and_floats_are_those_of_the_library(name, tmp_path):
     largest = 0.0
@@ -375,13 +376,17 @@ PEERS = {
 }
 
 
-@pytest.fixture(scope="module", params=PEERS)
+# Each on one backend, and on the others one of PyTorch and one of Keras.
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=[] if n in ("torchvision", "keras") else ONCE) for n in PEERS]
+)
 def peer(request, tmp_path_factory):
     torch.manual_seed(0)
     keras.utils.set_random_seed(0)
     return PEERS[request.param](tmp_path_factory.mktemp(request.param), np.random.default_rng(0))
 
 
+@once
 def test_the_peers_tell_photographs_apart(peer):
     for name, values in peer.outputs.items():
         assert np.ptp(values, axis=0).max() > 0.3 * np.abs(values).max(), name

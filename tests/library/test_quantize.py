@@ -10,7 +10,7 @@ from keras_mnv2.quantize import (
     QuantizedDense,
     QuantizedInvertedResidual,
 )
-from tests.conftest import ONCE, once
+from tests.conftest import once
 from tests.exports import pictures, small
 from tests.helpers import note, randomise, relative_difference, relative_norm
 from tests.library.ops.test_ops import gradients
@@ -26,8 +26,10 @@ def numpy(x):
     return keras.ops.convert_to_numpy(x)
 
 
-# The compact form's layers fold and round by the same code: once is enough.
-@pytest.fixture(scope="module", params=[None, pytest.param(InvertedResidual, marks=ONCE)], ids=["open", "compact"])
+# The compact form's layers fold and round by the same code.
+@pytest.fixture(
+    scope="module", params=[None, pytest.param(InvertedResidual, marks=pytest.mark.slow)], ids=["open", "compact"]
+)
 def trained(request):
     """A small model, its quantisation-aware copy after two epochs on pictures of four colours, and the pictures."""
     rng = np.random.default_rng(2)

@@ -9,8 +9,11 @@ import pytest
 
 import keras_mnv2
 from tests import twins
+from tests.conftest import once
 from tests.helpers import note, relative_difference
 
+# XLA compiles the training steps of both models for half a minute.
+slow_on_jax = pytest.mark.slow if keras.backend.backend() == "jax" else lambda test: test
 WIDTHS = (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
 NORM = keras.layers.BatchNormalization
 NAMED = ("Conv1", "block_2_add", "block_13_expand_relu", "block_16_project", "Conv_1", "out_relu")
@@ -28,6 +31,7 @@ def described(layer):
     return name, type(layer).__name__, layer.output.shape, [(v.path, v.shape, v.trainable) for v in layer.weights]
 
 
+@once
 @pytest.mark.parametrize("alpha", WIDTHS)
 def test_names_classes_shapes_and_weights_in_order(alpha):
     for top, count in ((True, 156), (False, 154)):
@@ -98,6 +102,7 @@ def freeze_up_to_a_name(model):
         layer.trainable = train
 
 
+@once
 @pytest.mark.parametrize(
     ("script", "top", "trainable"),
     [
@@ -119,6 +124,7 @@ def test_a_freezing_script_leaves_the_same_to_train(script, top, trainable):
     assert [layer.trainable for layer in model.layers] == [layer.trainable for layer in source.layers]
 
 
+@slow_on_jax
 def test_frozen_norms_keep_their_statistics_in_fit():
     models = twins.pair()
     x, y = twins.batch()
@@ -165,6 +171,7 @@ def regularise(model):
     return again, count
 
 
+@once
 def test_regularisers_that_are_set_on_layers_count():
     x, y = twins.batch()
     found = [regularise(model) for model in twins.pair()]
@@ -210,6 +217,7 @@ def frozen_pair():
     return models
 
 
+@once
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_frozen_norms_stay_frozen_in_a_file(suffix, tmp_path):
     x, _ = twins.batch()
@@ -228,6 +236,7 @@ def test_frozen_norms_stay_frozen_in_a_file(suffix, tmp_path):
         assert twins.moved(before, twins.statistics(again)) == 0
 
 
+@once
 def test_frozen_norms_stay_frozen_in_copies():
     for model in frozen_pair():
         clone = keras.models.clone_model(model)
@@ -243,6 +252,7 @@ def test_frozen_norms_stay_frozen_in_copies():
     assert names == {layer.name for layer in model.layers if layer.trainable_weights and not isinstance(layer, NORM)}
 
 
+@once
 def test_files_of_keras_applications_weights(tmp_path):
     source, model = twins.pair()
     expected = source.get_weights()

@@ -8,7 +8,7 @@ import keras_mnv2
 from keras_mnv2.layers import InvertedResidual
 from keras_mnv2.stock import to_stock
 from tests import twins
-from tests.conftest import once
+from tests.conftest import ONCE, once
 from tests.helpers import randomise, relative_difference, run_python
 
 
@@ -26,7 +26,7 @@ def transfer(form):
     return keras.Model(x, keras.layers.Dense(3, "softmax")(keras.layers.GlobalAveragePooling2D()(y)))
 
 
-@pytest.mark.parametrize("form", ["nested", "flattened", "sequential"])
+@pytest.mark.parametrize("form", ["nested", *(pytest.param(form, marks=ONCE) for form in ("flattened", "sequential"))])
 def test_a_transfer_model_is_taken_over(form, rng):
     source = transfer(form)
     frozen = source.layers[1] if form == "nested" else source.layers[0] if form == "sequential" else None
@@ -52,10 +52,10 @@ def test_only_a_mobilenet_is_taken_over():
     "arguments",
     [
         {"padding": "symmetric", "include_preprocessing": True},
-        {"norm_layer": "group_norm"},
-        {"block": InvertedResidual, "stochastic_depth": 0.2},
+        pytest.param({"norm_layer": "group_norm"}, marks=ONCE),
+        pytest.param({"block": InvertedResidual, "stochastic_depth": 0.2}, marks=ONCE),
     ],
-    ids=lambda arguments: "-".join(arguments),
+    ids="-".join,
 )
 def test_a_model_in_keras_own_classes_computes_the_same(arguments, rng):
     model = keras_mnv2.MobileNetV2(twins.SIZE, 0.35, weights=None, classes=3, **arguments)
@@ -92,6 +92,7 @@ def test_the_file_loads_without_this_package_on_another_backend(tmp_path, rng):
     assert relative_difference(found, expected) <= 1e-4
 
 
+@once
 def test_a_quantised_model_has_no_such_form(tmp_path):
     quantised = keras_mnv2.quantize_aware(twins.ours())
     with pytest.raises(ValueError, match="model must not be quantised for format='keras'"):
@@ -99,7 +100,7 @@ def test_a_quantised_model_has_no_such_form(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".keras"])
+@pytest.mark.parametrize("suffix", [pytest.param(".h5", marks=ONCE), ".keras"])
 def test_a_transfer_model_is_taken_over_from_a_file(suffix, rng, tmp_path):
     source = transfer("nested")
     source.layers[1].trainable = False

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from tests import twins
+from tests.conftest import once
 from tests.helpers import relative_difference
 
 SKIPS = (
@@ -49,6 +50,7 @@ def test_transfer_learning_and_fine_tuning():
     agree(models, x, y)
 
 
+@once
 def test_image_segmentation():
     x, _ = twins.batch(4)
     masks = np.random.default_rng(2).integers(0, 3, (4, *twins.SIZE[:2]))

@@ -77,6 +77,7 @@ def right_share(model, photographs):
     return float((model.predict(images, verbose=0).argmax(1) == labels).mean())
 
 
+@once
 def test_the_results_are_those_of_predict(model, saved, photographs, tmp_path):
     found = evaluated(saved, str(photographs), batch_size=4, out=tmp_path / "out")
     images, labels = images_of(photographs)

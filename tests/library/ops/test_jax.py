@@ -89,7 +89,9 @@ def test_second_and_third_derivatives(jax, functions, rng):
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (3, 1)])
+@pytest.mark.parametrize(
+    "axes", [(0, None), *(pytest.param(a, marks=pytest.mark.slow) for a in ((None, 0), (0, 0))), (3, 1)]
+)
 def test_vectorised(axes, jax, functions, rng):
     arrays = [
         one if axis is None else np.moveaxis(many, 0, axis)
@@ -201,7 +203,7 @@ def drawn_like(values, rng):
     return [rng.normal(size=v.shape) for v in values]
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_network_in_both_modes(training, jax, network, rng):
     run, values, x = network
 

@@ -24,6 +24,10 @@ import keras_mnv2
 from keras_mnv2.weights.load import model_variables
 from keras_mnv2.weights.read import read_arrays
 from keras_mnv2.weights.torch_file import LEGACY_MAGIC
+from tests.conftest import ONCE
+
+# Files are read without a backend.
+pytestmark = ONCE
 
 ZIP, OLD = {}, {"_use_new_zipfile_serialization": False}
 FORMS = pytest.mark.parametrize("form", [ZIP, OLD], ids=["zip", "old"])

@@ -18,7 +18,7 @@ from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
 import keras_mnv2
 from keras_mnv2.weights.read import read_arrays
-from tests.conftest import ONCE
+from tests.conftest import ONCE, once
 from tests.helpers import note, randomise
 from tests.twins import enliven
 
@@ -208,6 +208,7 @@ def test_arguments_that_contradict_the_checkpoint(arguments, message):
         keras_mnv2.MobileNetV2(**arguments)
 
 
+@once
 def test_another_number_of_classes_keeps_a_fresh_classifier(torchvision_file, capsys):
     path, _ = torchvision_file
     whole = small(path)
@@ -225,6 +226,7 @@ def test_another_number_of_classes_keeps_a_fresh_classifier(torchvision_file, ca
             assert same != variable.path.startswith("predictions/"), variable.path
 
 
+@once
 def test_a_network_that_ends_early_takes_what_it_has(torchvision_file, capsys, rng):
     path, source = torchvision_file
     model = small(path, include_top=False, features=["stride_8"])
@@ -255,6 +257,7 @@ def test_arguments_that_contradict_a_file(arguments, message, torchvision_file):
         keras_mnv2.MobileNetV2(**{"input_shape": (64, 64, 3), "weights": path, **arguments})
 
 
+@once
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -333,6 +336,7 @@ def compiled(module, average):
     return {"model_state_dict": wrap, "ema": {f"module.{k}": v for k, v in average.module.state_dict().items()}}
 
 
+@once
 @pytest.mark.parametrize(
     ("script", "raw", "mean"),
     [
@@ -358,6 +362,7 @@ def test_raw_and_averaged_weights(script, raw, mean, trained, tmp_path, capsys):
     np.testing.assert_array_equal(bias_of(model), expected)
 
 
+@once
 def test_averaged_weights_alone(trained, tmp_path, capsys):
     module, average = trained
     torch.save(average.state_dict(), tmp_path / "average.pth")
@@ -375,6 +380,7 @@ def test_averaged_weights_alone(trained, tmp_path, capsys):
         keras_mnv2.load_weights(small(None, classes=10), tmp_path / "raw.pth", averaged=True)
 
 
+@once
 def test_a_checkpoint_of_lightning(trained, tmp_path, capsys):
     module, _ = trained
     state = {f"net.backbone.{name}": value for name, value in module.state_dict().items()}
@@ -390,6 +396,7 @@ def test_a_checkpoint_of_lightning(trained, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@once
 def test_several_networks_in_a_file(trained, tmp_path, capsys):
     state = trained[0].state_dict()
     pair = {f"{part}.{name}": value for part in ("teacher", "student") for name, value in state.items()}
@@ -401,6 +408,7 @@ def test_several_networks_in_a_file(trained, tmp_path, capsys):
     assert "of the networks 'best', 'state_dict' 'state_dict' is taken" in capsys.readouterr().out
 
 
+@once
 def test_weights_in_half_precision(torchvision_file, tmp_path):
     path, source = torchvision_file
     state = source.state_dict()
@@ -429,7 +437,8 @@ def flattened(backbone, classes):
     return keras.Model(backbone.input, keras.layers.Dense(classes, name="top")(x))
 
 
-@pytest.mark.parametrize("around", [nested, in_sequence, flattened])
+@once
+@pytest.mark.parametrize("around", [nested, *(pytest.param(around, marks=ONCE) for around in (in_sequence, flattened))])
 @pytest.mark.parametrize("library", [pytest.param("keras", marks=ONCE), "own"])
 def test_the_network_inside_a_transfer_model(library, around, tmp_path, capsys):
     arguments = {"input_shape": (96, 96, 3), "alpha": 0.35, "weights": None, "include_top": False}
@@ -452,6 +461,7 @@ def test_the_network_inside_a_transfer_model(library, around, tmp_path, capsys):
 
 
 # Keras names each layer that it leaves as it is.
+@once
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method:UserWarning")
 def test_a_quantised_model_is_no_file_of_weights(tmp_path):
     keras_mnv2.quantize_aware(small(None, classes=3)).save(tmp_path / "aware.keras")
@@ -468,6 +478,7 @@ def test_explicit_padding_and_epsilon_win_over_a_files(torchvision_file):
     assert conventions(model) == ("same", 1e-3)
 
 
+@once
 @pytest.mark.parametrize("block", [None, keras_mnv2.layers.InvertedResidual])
 def test_ones_own_files(block, tmp_path, rng):
     model = small(None, classes=10, block=block)
@@ -489,6 +500,7 @@ def test_ones_own_files(block, tmp_path, rng):
         np.testing.assert_array_equal(a, b)
 
 
+@once
 def test_the_names_of_the_first_port_to_keras(tmp_path):
     model = keras_mnv2.MobileNetV2((64, 64, 3), alpha=0.35, weights=None)
     keras_mnv2.save_weights(model, tmp_path / "new.h5", "keras")
@@ -522,6 +534,7 @@ def test_a_folded_model_takes_no_checkpoint(torchvision_file):
         np.testing.assert_array_equal(a, b)
 
 
+@once
 def test_the_way_back_into_the_libraries_own_models(torchvision_file, tmp_path, rng):
     model = small(torchvision_file[0], classifier_activation=None)
     keras_mnv2.save_weights(model, tmp_path / "back.pth", "torchvision")
@@ -539,6 +552,7 @@ def test_the_way_back_into_the_libraries_own_models(torchvision_file, tmp_path, 
     assert {path.name for path in tmp_path.iterdir()} == {"back.pth", "back.safetensors", "back.h5"}
 
 
+@once
 @pytest.mark.parametrize(
     ("path", "layout", "message"),
     [

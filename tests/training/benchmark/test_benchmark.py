@@ -188,7 +188,7 @@ def test_missing_and_failing_contenders_are_named_and_the_others_go_on(tmp_path,
         (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(modes, "KERAS", ())
-    wanted = ["--against", "torchvision", "onnxruntime", "openvino", "litert", "--mode", "inference", "latency"]
+    wanted = ["--against", "torchvision", "onnxruntime", "openvino", "litert", "--mode", "inference"]
     monkeypatch.setattr(sys, "argv", ["benchmark", *TINY, *wanted, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
         modes.main()
@@ -197,17 +197,15 @@ def test_missing_and_failing_contenders_are_named_and_the_others_go_on(tmp_path,
     assert printed.count("torchvision is missing: it needs the package torch\n") == 1
     assert printed.count("openvino is missing: it needs the package openvino\n") == 1
     assert "litert failed (inference, batch 32, size 32): RuntimeError: broken on purpose\n" in printed
-    assert "onnxruntime failed (latency, batch 1, size 32): the process ended with status 3. last words\n" in printed
+    assert "onnxruntime failed (inference, batch 32, size 32): the process ended with status 3. last words\n" in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["missing"] == {"torchvision": "torch", "openvino": "openvino"}
     assert [(problem["contender"], problem["mode"]) for problem in results["failed"]] == [
         ("onnxruntime", "inference"),
         ("litert", "inference"),
-        ("onnxruntime", "latency"),
-        ("litert", "latency"),
     ]
     # Without PyTorch, NumPy's product is the peak.
-    assert set(results["peak_flops"]) == {"inference", "latency"}
+    assert set(results["peak_flops"]) == {"inference"}
 
 
 @pytest.mark.parametrize(
@@ -328,6 +326,7 @@ def test_an_interrupted_run_leaves_the_rows_of_the_rounds_before(tmp_path, monke
     assert rows[0]["fraction_of_peak"] > 0
 
 
+@once
 def test_an_interrupt_leaves_no_process_behind(monkeypatch):
     started = []
 

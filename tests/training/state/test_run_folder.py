@@ -50,6 +50,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@once
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

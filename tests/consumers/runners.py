@@ -71,7 +71,7 @@ def onnx2torch(file: Path, images: np.ndarray) -> Scores:
 
 def onnx2tf(file: Path, images: np.ndarray) -> Scores:
     folder = file.with_name(f"{file.stem}-tf")
-    command = [Path(sys.executable).with_name("onnx2tf"), "-i", file, "-o", folder, "-n", "-b", "1"]
+    command = [Path(sys.executable).with_name("onnx2tf"), "-i", file, "-o", folder, "-n"]
     # It compares on photographs that it would download, if a file of their name did not lie here.
     np.save(file.with_name("calibration_image_sample_data_20x128x128x3_float32.npy"), np.zeros((20, 128, 128, 3), "f4"))
     subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=file.parent)

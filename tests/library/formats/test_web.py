@@ -45,7 +45,9 @@ def served(decided, tmp_path_factory):
 
 @pytest.fixture
 def browser(tmp_path):
-    with Browser(tmp_path / "profile") as opened:
+    # A camera of its own, which shows a clock.
+    camera = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
+    with Browser(tmp_path / "profile", *camera) as opened:
         yield opened
 
 
@@ -125,6 +127,24 @@ def test_a_dropped_photograph_is_named(served, browser, width, scheme):
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     in_page(browser, "await page.classifyFile(new File(['no'], 'no.png'));")
     assert "no.png is no photograph" in browser.run("document.getElementById('status').textContent")
+
+
+@once_on("torch")
+def test_the_camera_is_classified_until_it_stops(served, browser):
+    browser.open(served[1], 390)
+    button = "document.getElementById('use-camera')"
+    code = (
+        f"{button}.click();"
+        "while (!document.querySelector('#best li')) await new Promise(done => setTimeout(done, 20));"
+        "return document.getElementById('status').textContent;"
+    )
+    assert in_page(browser, code) == "The camera is on."
+    assert browser.run("document.querySelectorAll('#best li').length") == 5
+    track = "document.querySelector('video').srcObject.getTracks()[0]"
+    assert browser.run(f"window.track = {track}, window.track.readyState") == "live"
+    in_page(browser, f"{button}.click();")
+    assert browser.run("window.track.readyState") == "ended"
+    assert not [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
 
 
 @once_on("torch")

@@ -15,9 +15,10 @@ class Browser:
 
     Args:
         folder: for its profile, empty.
+        more: options of the command line.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *more: str):
         found = next(filter(None, map(shutil.which, NAMES)), None)
         assert found, f"This test needs one of {', '.join(NAMES)} (Debian: apt-get install chromium)."
         self.events: list[dict] = []
@@ -33,6 +34,7 @@ class Browser:
             "--disable-gpu",
             "--remote-debugging-pipe",
             f"--user-data-dir={folder}",
+            *more,
         ]
         self.process = subprocess.Popen(
             ["bash", "-c", command, "bash", found, *options],

@@ -51,6 +51,8 @@ class Cost(Options):
     """How often each block is measured, in turn with the others."""
     seconds: Amount = 0.3
     """Of each measurement; at least three calls are made."""
+    threads: Count = 1
+    """Threads of PyTorch and TensorFlow: by default one, as table 4 is of one core. JAX has no such setting."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ weights give: no network is trained here. Blocks are measured: MobileNetV2's, Mo
 with equally many channels between blocks.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -164,7 +165,7 @@ def measure(side: int, channels: int, options: Cost) -> dict[str, Any]:
         call(x)
     for _ in range(options.rounds):
         for kind, call in calls.items():
-            found[kind].append(1000 * median_seconds(lambda call=call: call(x), options.seconds))
+            found[kind].append(1000 * median_seconds(functools.partial(call, x), options.seconds))
     return {**found, "gpu": frameworks.gpu(backend)}
 
 
@@ -184,9 +185,7 @@ def run(options: Cost) -> None:
     results = Results("cost", options)
     frameworks.set_threads(keras.backend.backend(), options.threads)
     blocks = {
-        (side, channels): results.row(
-            f"block {side} {channels}", lambda side=side, channels=channels: measure(side, channels, options)
-        )
+        (side, channels): results.row(f"block {side} {channels}", measure, side, channels, options)
         for side, channels in residual_shapes()
     }
     backend = keras.backend.backend()

@@ -93,11 +93,9 @@ def measure_block(inputs: int, factor: int, options: Manifold) -> dict[str, Any]
 def run(options: Manifold) -> None:
     """Measures, prints the tables and draws the picture."""
     results = Results("manifold", options)
-    spirals = {n: results.row(f"spiral {n}", lambda n=n: measure_spiral(n, options)) for n in DIMENSIONS}
+    spirals = {n: results.row(f"spiral {n}", measure_spiral, n, options) for n in DIMENSIONS}
     blocks = {
-        (inputs, factor): results.row(
-            f"block {inputs} {factor}", lambda inputs=inputs, factor=factor: measure_block(inputs, factor, options)
-        )
+        (inputs, factor): results.row(f"block {inputs} {factor}", measure_block, inputs, factor, options)
         for inputs in CHANNELS
         for factor in FACTORS
     }

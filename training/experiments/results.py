@@ -35,10 +35,10 @@ class Results:
         with files.told(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def row(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def row(self, name: str, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
         """The row of that name: what an earlier start has measured, or what `measure` gives, which is written."""
         if name not in self.rows:
-            self.rows[name] = measure()
+            self.rows[name] = measure(*arguments)
             content = {**self.head, "versions": versions(), "rows": self.rows}
             files.write_json(self.path, content)
         return self.rows[name]

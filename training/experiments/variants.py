@@ -9,7 +9,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,7 @@ def compare(results: Results, variants: Sequence[Variant], options: Trained) -> 
     data = functools.cache(lambda: read(options))
     found: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     for seed, variant in itertools.product(range(options.seeds), variants):
-        row = results.row(
-            f"{variant.name}, seed {seed}", lambda variant=variant, seed=seed: train(variant, data(), options, seed)
-        )
+        row = results.row(f"{variant.name}, seed {seed}", train, variant, data, options, seed)
         print(f"{variant.name}, seed {seed}: {row['accuracy'][-1]:.2%} in {row['seconds']:.0f} s", flush=True)
         found[variant.name].append(row)
     return found
@@ -127,7 +125,7 @@ def settings(options: Trained, seed: int) -> Config:
     )
 
 
-def train(variant: Variant, data: Dataset, options: Trained, seed: int) -> dict[str, Any]:
+def train(variant: Variant, read_data: Callable[[], Dataset], options: Trained, seed: int) -> dict[str, Any]:
     """Trains a network, and tests it after each epoch, which decides nothing.
 
     Returns:
@@ -137,7 +135,7 @@ def train(variant: Variant, data: Dataset, options: Trained, seed: int) -> dict[
     Raises:
         ValueError: where the loss is no number any more.
     """
-    start = time.perf_counter()
+    data, start = read_data(), time.perf_counter()
     config = settings(options, seed)
     keras.utils.set_random_seed(seed)
     inputs = inputs_of(data, config)

@@ -8,6 +8,7 @@ import pytest
 
 import keras_mnv2
 from tests import runs, twins
+from tests.conftest import once_on
 from training.experiments import ablation, expansion, variants
 from training.experiments.options import Ablation, Expansion
 from training.experiments.results import Results
@@ -37,6 +38,7 @@ def built(library, tmp_path_factory):
     return models
 
 
+@once_on("torch")
 def test_the_papers_choice_is_the_librarys_network(library, built, rng):
     x = rng.uniform(0, 255, (2, 32, 32, 3)).astype("float32")
     # Not `predict`, which would compile each.
@@ -50,6 +52,7 @@ def test_the_papers_choice_is_the_librarys_network(library, built, rng):
             assert np.abs(scores - expected).max() > 1e-3, name
 
 
+@once_on("torch")
 def test_each_variant_has_what_its_name_says(built):
     for variant in ablation.VARIANTS:
         blocks = [layer for layer in built[variant.name].layers if layer.name.startswith("block_")]

@@ -24,9 +24,12 @@ class Options:
         check_all(self)
 
     def fixed(self) -> dict[str, Any]:
-        """What a run that goes on must have as before: all that a measurement depends on."""
-        places = ("out", "data_dir")
-        return {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name not in places}
+        """What a run that goes on must have as before: all that a measurement depends on.
+
+        A training depends on its own seed, so a run may go on with more seeds.
+        """
+        free = ("out", "data_dir", "seeds")
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name not in free}
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Manifold(Options):
 class Cost(Options):
     """Tables 1 to 4, figure 5 and section 5.1: what networks and blocks cost, beside what is published."""
 
-    batch: Batch = 32
-    """Images a call of a block."""
+    batch: Batch = 1
+    """Images a call of a block; by default one, as in table 4."""
     rounds: Count = 7
     """How often each block is measured, in turn with the others."""
     seconds: Amount = 0.3

@@ -68,5 +68,5 @@ def test_a_run_measures_blocks_and_draws(tmp_path, capsys, monkeypatch):
     cost.run(Cost(out=tmp_path, batch=2, rounds=2, seconds=0))
     told = capsys.readouterr().out
     assert told.count("7x7x16, ") == 3
-    assert f"2 images on {keras.backend.backend()}" in told
+    assert f"images: 2, on {keras.backend.backend()}" in told
     assert (tmp_path / "cost.png").read_bytes()[:4] == b"\x89PNG"

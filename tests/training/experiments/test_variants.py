@@ -131,6 +131,10 @@ def test_tables_and_pictures(experiment, options, tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr(variants, "train", train)
     monkeypatch.setattr(variants, "read", lambda options: None)
+    experiment.run(options(out=tmp_path, epochs=2, seeds=1))
+    # One seed says nothing of others.
+    assert " yes |" not in capsys.readouterr().out
+    # More seeds go on from those.
     experiment.run(options(out=tmp_path, epochs=2, seeds=2))
     lines = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines() if line[:1] == "|"}
     worse = lines["no shortcut" if experiment is ablation else "t = 9"]

@@ -22,7 +22,7 @@ def main(words: Sequence[str] | None = None, own_process: bool = False) -> None:
     told = ", ".join(EXPERIMENTS)
     if words[:1] in (["--help"], ["-h"]):
         print(f"{command} NAME --out FOLDER, where NAME is one of {told}; NAME --help shows the other settings.")
-        return
+        sys.exit()
     if not words or words[0] not in EXPERIMENTS:
         fail(f"The experiment must be one of {told}, got {words[0]!r}." if words else f"Name an experiment: {told}.")
     name, *arguments = words

@@ -39,7 +39,9 @@ def test_out_is_needed(capsys):
 
 
 def test_help_names_the_experiments(capsys):
-    main(["--help"])
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert not end.value.code
     told = capsys.readouterr().out
     assert all(name in told for name in EXPERIMENTS)
 

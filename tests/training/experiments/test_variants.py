@@ -82,7 +82,7 @@ def small(monkeypatch):
 
 
 def test_an_interrupted_comparison_goes_on_and_learns(small, dataset, tmp_path, monkeypatch):
-    options = Ablation(out=tmp_path, dataset=dataset, epochs=3, images=128, seeds=1, batch_size=32)
+    options = Ablation(out=tmp_path, dataset=dataset, epochs=3, images=256, seeds=1, batch_size=32)
     chosen = (ablation.PAPER, ablation.RELU)
     original, trained = variants.train, []
 
@@ -101,7 +101,7 @@ def test_an_interrupted_comparison_goes_on_and_learns(small, dataset, tmp_path, 
     found = variants.compare(Results("ablation", options), chosen, options)
     assert trained == [one.name for one in chosen]
     (row,) = found[ablation.PAPER.name]
-    assert row["steps"] == 4
+    assert row["steps"] == 8
     assert row["loss"][-1] < row["loss"][0]
     assert len(row["accuracy"]) == 3
     assert all(0 <= accuracy <= 1 for accuracy in row["accuracy"])

@@ -149,6 +149,7 @@ ROOMS = {
     "benchmark": 7,
     "evaluate": 7,
     "preprocessing": 7,
+    "scenes": 7,
     "__main__": 8,
     "launch": 9,
 }

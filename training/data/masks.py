@@ -55,7 +55,7 @@ class ArrayMaskSplit(MaskSplit):
 
 
 class MaskFileSplit(MaskSplit):
-    """Files of images and masks, read when they are asked for; one that cannot be read is a ValueError that names it."""
+    """Files of images and masks, read when they are asked for; what cannot be read is a ValueError that names it."""
 
     def __init__(self, paths: Sequence[Path], mask_paths: Sequence[Path]):
         self.paths = paths

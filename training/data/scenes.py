@@ -1,4 +1,4 @@
-"""`python -m training.data.scenes --out FOLDER`: small real tasks of segmentation and detection, without a network.
+"""Scenes: small real tasks of segmentation and detection, made without a network.
 
 Handwritten digits of scikit-learn lie as stickers on pieces of scikit-image's photographs: a digit in ink on paper that
 is cut out around it. Training, validation and test share neither digits nor photographs.
@@ -6,23 +6,11 @@ is cut out around it. Training, validation and test share neither digits nor pho
 
 import dataclasses
 import functools
-import itertools
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from .. import files, process
-from ..process import fail
-from ..ranges import Count, Seed, Side, check_all, parsed
-from .palette import palette
 from .sets import SPLIT_NAMES, digit_scans
 
 # Of those that lie in scikit-image's package; its other photographs are downloads.
@@ -175,139 +163,3 @@ def scenes(number: int, size: int = 96, seed: int = 0) -> dict[str, Scenes]:
         ImportError: where scikit-image is missing.
     """
     return {part: Scenes(part, max(1, round(number * f)), size, seed) for part, f in FRACTIONS.items()}
-
-
-def write(out: Path, parts: Mapping[str, Sequence[Scene]]) -> None:
-    """Writes scenes as a folder in three formats.
-
-    `classes.txt` has the names of the labels, a line each. For each part there are `images/`, `masks/` (PNG with a
-    palette, whose values are the labels), `annotations/` (Pascal VOC's XML) and `coco.json`.
-
-    Args:
-        out: of the folder, which must be new or empty.
-        parts: of `scenes`.
-
-    Raises:
-        ValueError: where the folder has content.
-        OSError: where it cannot be written; nothing is left then.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out must be a new or empty folder, got {str(out)!r}.")
-    with files.told(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f"part_{out.name}_", dir=out.parent))
-        try:
-            # Readable by others, as a new folder is and one of `mkdtemp` is not.
-            whole = scratch / "whole"
-            whole.mkdir()
-            (whole / "classes.txt").write_text("".join(f"{name}\n" for name in CLASS_NAMES))
-            for part, of_part in parts.items():
-                (whole / part).mkdir()
-                _write_part(whole / part, of_part)
-            os.replace(whole, out)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _write_part(folder, of_part):
-    for name in ("images", "masks", "annotations"):
-        (folder / name).mkdir()
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for i, scene in enumerate(of_part):
-        name, (height, width) = f"{i:05d}", scene.mask.shape
-        Image.fromarray(scene.image).save(folder / "images" / f"{name}.png")
-        mask = Image.fromarray(scene.mask, "L")
-        mask.putpalette(palette().tobytes())
-        mask.save(folder / "masks" / f"{name}.png")
-        ElementTree.ElementTree(_voc(scene, f"{name}.png")).write(folder / "annotations" / f"{name}.xml")
-        images.append({"id": i + 1, "file_name": f"{name}.png", "width": width, "height": height})
-        for own, label, (left, top, right, bottom) in zip(
-            scene.objects, scene.classes.tolist(), scene.boxes.tolist(), strict=True
-        ):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": i + 1,
-                    "category_id": label,
-                    "bbox": [left, top, right - left, bottom - top],
-                    "area": int(own.sum()),
-                    "iscrowd": 0,
-                    "segmentation": {"size": [height, width], "counts": list(_runs(own))},
-                }
-            )
-    categories = [{"id": label, "name": name} for label, name in enumerate(CLASS_NAMES) if label]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "coco.json").write_text(json.dumps(content))
-
-
-def _runs(own: np.ndarray) -> Iterator[int]:
-    """COCO's lengths of runs, of pixels outside and inside in turn, column by column."""
-    inside = False
-    for value, run in itertools.groupby(own.ravel(order="F").tolist()):
-        if value != inside:
-            # A mask that starts inside has a run of none before it.
-            yield 0
-        yield sum(1 for _ in run)
-        inside = not value
-
-
-def _voc(scene, file_name):
-    """An annotation as the Pascal VOC development kit has it: pixels count from 1, and the last one is inside."""
-    root = ElementTree.Element("annotation")
-
-    def add(parent, name, text=None):
-        child = ElementTree.SubElement(parent, name)
-        child.text = None if text is None else str(text)
-        return child
-
-    add(root, "folder", "images")
-    add(root, "filename", file_name)
-    size = add(root, "size")
-    height, width = scene.mask.shape
-    for name, number in (("width", width), ("height", height), ("depth", 3)):
-        add(size, name, number)
-    add(root, "segmented", 1)
-    for label, (left, top, right, bottom) in zip(scene.classes, scene.boxes.tolist(), strict=True):
-        found = add(root, "object")
-        add(found, "name", CLASS_NAMES[label])
-        add(found, "truncated", 0)
-        add(found, "difficult", 0)
-        box = add(found, "bndbox")
-        for name, number in (("xmin", left + 1), ("ymin", top + 1), ("xmax", right), ("ymax", bottom)):
-            add(box, name, number)
-    ElementTree.indent(root)
-    return root
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Writes handwritten digits on photographs, with masks and boxes, as folders, Pascal VOC XML and COCO JSON."""
-
-    out: Path
-    """Folder for them, new or empty."""
-    images: Count = 2000
-    """Training images; a tenth of them for the validation and a fifth for the test come besides."""
-    size: Side = 96
-    """Side of the images, in pixels."""
-    seed: Seed = 0
-    """Of all that is random."""
-
-    def __post_init__(self):
-        check_all(self)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Writes what the command line asks for; an error of the caller's ends in one sentence."""
-    options = parsed(Options, args=argv, prog=f"python -m {process.PACKAGE}.data.scenes")
-    try:
-        parts = scenes(options.images, options.size, options.seed)
-        write(options.out, parts)
-    except (ValueError, ImportError, OSError) as error:
-        fail(error)
-    told = " + ".join(f"{len(part):,}" for part in parts.values())
-    print(f"{options.out}: {told} images of {len(CLASS_NAMES) - 1} digits for training, validation and test")
-
-
-if __name__ == "__main__":
-    main()

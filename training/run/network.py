@@ -29,8 +29,8 @@ def build_model(
             weights_backbone=config.weights_backbone,
             output_stride=config.output_stride,
             aspp=config.aspp or None,
-            # The loss is that of logits: Keras 3.15's for probabilities fails on PyTorch, on tensors in another order of
-            # axes (findings/keras-torch-sparse-crossentropy.sh).
+            # The loss is that of logits: that of the probabilities of pixels fails on PyTorch 2.14
+            # (findings/keras-torch-sparse-crossentropy.sh).
             classifier_activation=None,
             name=f"deeplabv3_{config.recipe}",
         )

@@ -110,7 +110,7 @@ def _photograph(name: str) -> Image.Image:
     except ModuleNotFoundError as error:
         if error.name != "skimage":
             raise
-        raise ImportError("The scenes need scikit-image: pip install scikit-image.") from None
+        raise ImportError('The scenes need scikit-image: pip install "keras_mnv2[train]".') from None
     return Image.fromarray(getattr(data, name)()).convert("RGB")
 
 

@@ -28,7 +28,7 @@ class Options:
 
     out: Path
     """Folder for them, new or empty."""
-    images: Count = 2000
+    images: Count = 4000
     """Training images; a tenth of them for the validation and a fifth for the test come besides."""
     size: Side = 96
     """Side of the images, in pixels."""

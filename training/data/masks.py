@@ -25,7 +25,7 @@ MASK_SUFFIXES = (".bmp", ".gif", ".png", ".tif", ".tiff")
 MODES = ("1", "L", "P")
 SCENES = "scenes"
 # Training images where `dataset` is `scenes`.
-SCENES_NUMBER = 2000
+SCENES_NUMBER = 4000
 
 
 class MaskSplit(Split):

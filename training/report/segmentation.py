@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import numpy as np
 
 from ..data.inputs import Inputs
@@ -13,6 +12,7 @@ from ..data.palette import palette
 from ..state.run_folder import Run
 from . import metrics, page, summary
 
+# Images that are shown.
 MOST = 24
 # Of the colours over the grey image.
 STRENGTH = 0.6
@@ -43,21 +43,17 @@ class WorstImage:
     pixels: int
 
 
-def worst_images(model: keras.Model, inputs: Inputs, ious: Sequence[float]) -> list[WorstImage]:
-    """The test images with the lowest mean IoU, at most 24; none that is perfect.
+def worst_images(inputs: Inputs, worst: Sequence[tuple[float, int, np.ndarray]]) -> list[WorstImage]:
+    """The images with the lowest mean IoU as the page shows them.
 
     Args:
-        model: from images to scores of their pixels.
         inputs: of the run.
-        ious: of all test images that can be read, in their order.
+        worst: (mean IoU, number among the test images that can be read, predictions (height, width)) of each.
     """
     test, names = inputs.test, inputs.class_names
     readable, found = test.readable(), []
-    for i in np.argsort(ious, kind="stable")[:MOST]:
-        if ious[i] == 1:
-            break
+    for iou, i, prediction in worst:
         image, mask = test.example(readable[i], np.random.default_rng(0))
-        prediction = np.asarray(model.predict_on_batch(image[None].astype("float32")))[0].argmax(-1).astype("uint8")
         matrix = metrics.pixel_matrix(mask, prediction, len(names))
         (confused,) = metrics.most_confused(matrix, names, 1) or [{"label": "", "prediction": "", "images": 0}]
         found.append(
@@ -66,7 +62,7 @@ def worst_images(model: keras.Model, inputs: Inputs, ious: Sequence[float]) -> l
                 image=image,
                 truth=painted(image, mask),
                 prediction=painted(image, prediction),
-                iou=float(ious[i]),
+                iou=iou,
                 label=confused["label"],
                 taken_for=confused["prediction"],
                 pixels=confused["images"],
@@ -93,22 +89,20 @@ def painted(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def write_report(
     run: Run,
-    model: keras.Model,
     found: dict[str, Any],
     inputs: Inputs,
     matrix: np.ndarray,
-    ious: Sequence[float],
+    worst: Sequence[tuple[float, int, np.ndarray]],
     command: str,
 ) -> None:
     """Writes `report.html` and `report.md` of a run whose metrics are `found`.
 
     Args:
         run: this run.
-        model: the trained one.
         found: the metrics.
         inputs: of the run.
         matrix: of all pixels of the test, as `metrics.pixel_matrix`.
-        ious: the mean IoU of each test image.
+        worst: as `worst_images` takes them.
         command: what to run to repeat it.
     """
     config, names = run.config, inputs.class_names
@@ -127,7 +121,7 @@ def write_report(
         versions=found["versions"],
         phases={"training": run.done["history"]} if run.done.get("history") else {},
         pixels=True,
-        worst=worst_images(model, inputs, ious),
+        worst=worst_images(inputs, worst),
     )
     page.write(run.folder / "report.html", report)
     summary.write(run.folder / "report.md", report.title, report.results, "report.html")

@@ -52,31 +52,35 @@ class SegmentationTest:
         self.inputs = inputs
         classes = len(inputs.class_names)
         self.matrix = np.zeros((classes, classes), "int64")
-        self.ious: list[float] = []
+        self.images = 0
+        # (mean IoU, number, predictions) of the images that the report shows.
+        self.worst: list[tuple[float, int, np.ndarray]] = []
         for images, masks in inputs.test.stream(epochs=1):
-            predictions = predict(images).argmax(-1)
-            for mask, prediction in zip(masks, predictions, strict=True):
+            for mask, prediction in zip(masks, predict(images).argmax(-1), strict=True):
                 matrix = metrics.pixel_matrix(mask, prediction, classes)
                 self.matrix += matrix
-                self.ious.append(metrics.mean_iou(matrix) if matrix.any() else 1.0)
+                if (iou := metrics.mean_iou(matrix)) < 1 and matrix.any():
+                    self.worst.append((iou, self.images, prediction.astype("uint8")))
+                self.images += 1
+            self.worst = sorted(self.worst, key=lambda one: one[:2])[: segmentation.MOST]
 
     def results(self) -> dict[str, Any]:
         """As `metrics.json` has them."""
         rows = metrics.per_class_of_pixels(self.matrix, self.inputs.class_names)
         return {
             "test_mean_iou": metrics.mean_iou(self.matrix),
-            "test_images": len(self.ious),
+            "test_images": self.images,
             "test_pixel_accuracy": float(np.trace(self.matrix) / max(1, self.matrix.sum())),
             "test_iou": {row["name"]: row["iou"] for row in rows},
         }
 
     def told(self) -> str:
         """The most important one as a line."""
-        return f"test mean IoU {metrics.mean_iou(self.matrix):.2%} on {len(self.ious)} images"
+        return f"test mean IoU {metrics.mean_iou(self.matrix):.2%} on {self.images} images"
 
     def write_report(self, model: keras.Model, found: dict[str, Any], command: str) -> None:
         """Writes `report.html` and `report.md` of a run whose metrics are `found`."""
-        segmentation.write_report(self.run, model, found, self.inputs, self.matrix, self.ious, command)
+        segmentation.write_report(self.run, found, self.inputs, self.matrix, self.worst, command)
 
 
 TESTS = {"classification": ClassificationTest, "segmentation": SegmentationTest}

@@ -39,20 +39,39 @@ def small(folder, run_dir, **changes):
         "saved_model": False,
         "run_dir": run_dir,
         "learning_rate": 1e-3,
+        "ema": 0.5,
+        "early_stopping": 2,
     }
     return dataclasses.replace(CONFIG, **{**settings, **changes})
 
 
-def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, tmp_path, monkeypatch):
-    found = train.run(small(folder, tmp_path / "whole", epochs=2), "the command")
-    with monkeypatch.context() as patch:
-        runs.signal_after(patch, 1, 1)
-        with pytest.raises(Stopped):
-            train.run(small(folder, tmp_path / "stopped", epochs=2))
-    train.run(small(folder, tmp_path / "stopped", epochs=2, resume=True))
-    runs.assert_same(runs.outcome(tmp_path / "stopped"), runs.outcome(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """(run folder, metrics) of a run of two epochs."""
+    path = tmp_path_factory.mktemp("run") / "whole"
+    return path, train.run(small(folder, path, epochs=2), "the command")
 
-    model = keras.models.load_model(tmp_path / "whole" / "model.keras")
+
+def test_a_run_leaves_its_measures_and_the_worst_images(whole):
+    path, found = whole
+    assert found["test_images"] == 2
+    assert 0 <= found["test_mean_iou"] <= 1
+    assert list(found["test_iou"]) == list(scenes.CLASS_NAMES)
+    assert json.loads((path / "metrics.json").read_text())["test_mean_iou"] == found["test_mean_iou"]
+    (first, second) = csv.DictReader((path / "history.csv").read_text().splitlines())
+    assert all(0 <= float(row[key]) <= 1 for row in (first, second) for key in ("mean_iou", "val_mean_iou"))
+    assert float(second["learning_rate"]) == pytest.approx(0, abs=1e-9)
+    page = (path / "report.html").read_text("utf-8")
+    for part in ("test mean IoU", "<code>the command</code>", "The worst images", ">IoU</th>", "Mean IoU"):
+        assert part in page
+    assert page.count("under the colours of the predictions") == 2
+    assert "test mean IoU" in (path / "report.md").read_text()
+
+
+@once_on("torch")
+def test_the_model_that_is_left_has_the_mean_iou(whole, folder):
+    path, found = whole
+    model = keras.models.load_model(path / "model.keras")
     test = windows.evaluation_batches(masks.load(str(folder), 32).test, 11, small(folder, None))
     matrix = 0
     for images, labels in test.stream(epochs=1):
@@ -61,24 +80,16 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, tmp_path, mon
         matrix = matrix + metrics.pixel_matrix(labels, scores.argmax(-1), 11)
     assert metrics.mean_iou(matrix) == pytest.approx(found["test_mean_iou"])
     assert np.trace(matrix) / matrix.sum() == pytest.approx(found["test_pixel_accuracy"])
-    assert found["test_images"] == 2
-    assert list(found["test_iou"]) == list(scenes.CLASS_NAMES)
-    (first, second) = csv.DictReader((tmp_path / "whole" / "history.csv").read_text().splitlines())
-    assert all(0 <= float(row[key]) <= 1 for row in (first, second) for key in ("mean_iou", "val_mean_iou"))
-    assert float(second["learning_rate"]) == pytest.approx(0, abs=1e-9)
-    page = (tmp_path / "whole" / "report.html").read_text("utf-8")
-    for part in ("test mean IoU", "<code>the command</code>", "The worst images", ">IoU</th>", "Mean IoU"):
-        assert part in page
-    assert page.count("under the colours of the predictions") == 2
-    assert json.loads((tmp_path / "whole" / "metrics.json").read_text())["test_mean_iou"] == found["test_mean_iou"]
-    assert "test mean IoU" in (tmp_path / "whole" / "report.md").read_text()
 
 
-@once_on("jax")
-def test_the_best_epoch_by_mean_iou_and_the_average_of_the_weights_are_kept(folder, tmp_path):
-    found = train.run(small(folder, tmp_path / "run", early_stopping=1, ema=0.5, steps_per_epoch=1, epochs=2))
-    assert 0 <= found["test_mean_iou"] <= 1
-    assert (tmp_path / "run" / "model.keras").is_file()
+@once_on("torch")
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(whole, folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        runs.signal_after(patch, 1, 1)
+        with pytest.raises(Stopped):
+            train.run(small(folder, tmp_path / "run", epochs=2))
+    train.run(small(folder, tmp_path / "run", epochs=2, resume=True))
+    runs.assert_same(runs.outcome(tmp_path / "run"), runs.outcome(whole[0]))
 
 
 @once_on("tensorflow")

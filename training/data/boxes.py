@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -60,11 +60,12 @@ def read_coco(file: Path, images: Path) -> tuple[list[Boxes], tuple[str, ...]]:
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
             raise wrong(f"which it is not: {error}") from error
         raise
-    lists = {}
+    lists: dict[str, list[dict[str, Any]]] = {}
     for name in ("images", "annotations", "categories"):
-        lists[name] = content.get(name) if isinstance(content, dict) else None
-        if not isinstance(lists[name], list) or not all(isinstance(row, dict) for row in lists[name]):
-            raise wrong(f"with a list of objects {name!r}, got {type(lists[name]).__name__}")
+        rows = content.get(name) if isinstance(content, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise wrong(f"with a list of objects {name!r}, got {type(rows).__name__}")
+        lists[name] = rows
     names = _numbered(lists["categories"], "name", str, wrong)
     classes = {number: place for place, number in enumerate(sorted(names))}
     by_image: dict[int, list[Any]] = {number: [] for number in _numbered(lists["images"], "file_name", str, wrong)}
@@ -192,7 +193,7 @@ def _is_number(value):
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _path(images: Path, name: str, wrong) -> Path:
+def _path(images: Path, name: str, wrong: Callable[[str], ValueError]) -> Path:
     """The image of this name, which is below the folder."""
     place = PurePosixPath(name)
     if not name or place.is_absolute() or ".." in place.parts:

@@ -83,4 +83,7 @@ class SegmentationTest:
         segmentation.write_report(self.run, found, self.inputs, self.matrix, self.worst, command)
 
 
-TESTS = {"classification": ClassificationTest, "segmentation": SegmentationTest}
+TESTS: dict[str, type[ClassificationTest] | type[SegmentationTest]] = {
+    "classification": ClassificationTest,
+    "segmentation": SegmentationTest,
+}

@@ -52,6 +52,7 @@ def whole(folder, tmp_path_factory):
     return path, train.run(small(folder, path, epochs=2), "the command")
 
 
+@once_on("torch")
 def test_a_run_leaves_its_measures_and_the_worst_images(whole):
     path, found = whole
     assert found["test_images"] == 2

@@ -25,7 +25,7 @@ FRACTIONS = {"train": 1.0, "validation": 0.1, "test": 0.2}
 # Digits in a scene at most, and places that are tried for each.
 MOST_DIGITS, TRIES = 3, 20
 # Sides of a digit, as fractions of the scene's, and of the margin of paper around it, as a fraction of the digit's.
-SIDES, MARGIN = (0.32, 0.55), 0.12
+SIDES, MARGIN = (0.4, 0.6), 0.12
 # Least difference in brightness of ink and paper, of 0..255.
 CONTRAST = 90
 TURN = 15.0  # Degrees, to either side.

@@ -5,6 +5,7 @@ left), and so are the random scales and windows; `--weights` and `--weights-back
 
 Command: `python -m training segmentation`, or `python -m training segmentation --dataset FOLDER` with folders of images
 and masks.
+Expected: the aim for the digits is a mean IoU of 85 % in 15 minutes on two x86 cores. Not measured yet.
 """
 
 from ..config import Config
@@ -17,7 +18,7 @@ CONFIG = Config(
     alpha=0.35,
     output_stride=8,
     dropout=0.1,
-    epochs=15,
+    epochs=25,
     batch_size=32,
     learning_rate=3e-3,
     weight_decay=0.01,

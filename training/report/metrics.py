@@ -143,7 +143,7 @@ def pixel_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int, igno
 def intersection_over_union(matrix: np.ndarray) -> np.ndarray:
     """Of each class, the pixels that are rightly its own over those of its label, of its prediction, or of both.
 
-    The Pascal VOC challenge's measure of segmentation (Everingham et al. 2010, section 4.1.3), over all pixels.
+    The Pascal VOC challenge's measure of segmentation (Everingham et al. 2015), over all pixels.
 
     Args:
         matrix: of `pixel_matrix`, (classes, classes), or several, (..., classes, classes).

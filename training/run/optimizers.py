@@ -93,7 +93,7 @@ def learning_rates(config: Config, steps_per_epoch: int) -> keras.optimizers.sch
     """The schedule of a run: linear warm-up, then a cosine to 0, a power of what is left, a staircase, or a constant.
 
     The cosine is Loshchilov and Hutter's (2017). The power is DeepLab's "poly" (Chen et al. 2017, arXiv 1606.00915,
-    section 4.1.1): `learning_rate * (1 - step / steps) ** power`, over the steps after the warm-up. The staircase is
+    section 4.1): `learning_rate * (1 - step / steps) ** power`, over the steps after the warm-up. The staircase is
     `learning_rate * decay_rate ** epoch`, the paper's (section 6.1) and torchvision's, counted from the end of the
     warm-up.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from . import process, ranges
 from .config import Config
 from .process import fail
-from .recipes import cifar10, digits, paper, torchvision, torchvision_v2, transfer
+from .recipes import cifar10, digits, paper, segmentation, torchvision, torchvision_v2, transfer
 
 RECIPES = {
     "digits": digits,
@@ -17,6 +17,7 @@ RECIPES = {
     "paper": paper,
     "torchvision": torchvision,
     "torchvision_v2": torchvision_v2,
+    "segmentation": segmentation,
 }
 DEFAULT = "digits"
 

@@ -9,6 +9,7 @@ from .ranges import (
     Batch,
     Count,
     CountOr0,
+    Factor,
     Fraction,
     Many,
     MaybeCount,
@@ -30,6 +31,17 @@ from .ranges import (
 # Of settings that may change when a run goes on, since nothing that is computed depends on them.
 FREE = {"free": True}
 
+# What the history calls the measure that a task is judged by.
+MEASURES = {"classification": "accuracy", "segmentation": "mean_iou"}
+# Settings that a task does not have: they must be what they are by default.
+FOREIGN = {
+    "classification": ("weights_backbone", "output_stride", "aspp", "rescale"),
+    "segmentation": (
+        "data_dir", "stem_stride", "stages", "head_epochs", "unfreeze_from", "label_smoothing", "class_weights",
+        "shift", "pad", "crop_area", "trivial_augment", "mixup", "cutmix", "erase", "resize", "quantize_epochs",
+    ),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Config:
@@ -43,7 +55,8 @@ class Config:
     """Name of the recipe, which the run folder is named after."""
     dataset: str = field(metadata=FREE)
     """`digits`, a folder of class folders (or of `train`, `validation` and `test` folders of them), a `.npz` file with
-    `x_train`, `y_train` and so on, or a data set of TFDS."""
+    `x_train`, `y_train` and so on, or a data set of TFDS; for segmentation `scenes`, or a folder of `images` and
+    `masks` folders (or of `train`, `validation` and `test` folders of them)."""
     image_size: Side
     """Side of the training images, in pixels."""
     epochs: CountOr0
@@ -52,6 +65,8 @@ class Config:
     """Images a step, of all workers together; see `scale_with_devices`."""
     learning_rate: Positive
     """Peak of the learning rate."""
+    task: Literal["classification", "segmentation"] = "classification"
+    """What the network gives: a class for each image, or for each pixel (`DeepLabV3`)."""
     data_dir: Path | None = field(default=None, metadata=FREE)
     """Where TFDS keeps its data sets; by default ~/tensorflow_datasets."""
     held_out: bool = True
@@ -67,6 +82,12 @@ class Config:
     """Rate before the classifier."""
     weights: str | None = None
     """What the model starts with: a published checkpoint's name, or a file; by default random weights."""
+    weights_backbone: str | None = None
+    """Segmentation without `weights`: what the backbone starts with, a classifier's published checkpoint or file."""
+    output_stride: Literal[8, 16] = 16
+    """Segmentation: pixels of the image per pixel of the head, along one side."""
+    aspp: bool = False
+    """Segmentation: whether the head has its three dilated branches."""
     head_epochs: CountOr0 = 0
     """Epochs in which only a new classifier is trained, on the features of the frozen network."""
     head_learning_rate: Positive = 0.01
@@ -85,8 +106,11 @@ class Config:
     weight_decay: Amount = 0.0
     """Of kernels alone, norms and biases have none: AdamW's decoupled decay; for SGD and RMSprop the factor L2 of
     L2 / 2 times the squared weights in the loss, as PyTorch's SGD means it."""
-    schedule: Literal["cosine", "exponential", "constant"] = "cosine"
-    """How the learning rate goes on from its peak: to 0, times `decay_rate` each epoch, or on the level."""
+    schedule: Literal["cosine", "poly", "exponential", "constant"] = "cosine"
+    """How the learning rate goes on from its peak: to 0 by a cosine or a power of what is left, times `decay_rate` each
+    epoch, or on the level."""
+    power: Positive = 0.9
+    """Of the poly schedule."""
     decay_rate: Part = 0.98
     """Factor of the exponential schedule, at the end of each epoch."""
     warmup_epochs: Amount = 1.0
@@ -96,7 +120,8 @@ class Config:
     class_weights: bool = False
     """Whether images of rare classes count more: by the mean over the number of images of their class."""
     early_stopping: CountOr0 = 0
-    """Epochs without a better validation accuracy after which training ends, with the best weights; 0 trains all."""
+    """Epochs without a better validation accuracy, or mean IoU, after which training ends, with the best weights; 0
+    trains all."""
     ema: MaybeRate = None
     """Fraction of the average of the weights that a step keeps; the average is what is validated, tested and saved."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -108,6 +133,9 @@ class Config:
     crop_area: MaybePart = None
     """Smallest fraction of a photograph that a random crop covers (Inception's is 0.08); by default the centre crop of
     the evaluation."""
+    rescale: Factor = 1.0
+    """Segmentation: largest factor by which a training image is enlarged or reduced at random, before a random window
+    of it is cut out."""
     flip: bool = False
     """Whether half of the training images are mirrored."""
     trivial_augment: bool = False
@@ -119,7 +147,8 @@ class Config:
     erase: Fraction = 0.0
     """Fraction of the training images in which a rectangle is erased (Zhong et al. 2020)."""
     evaluation_size: MaybeSide = None
-    """Side of the images in validation and test; by default `image_size`."""
+    """Side of the images in validation and test; by default `image_size`. In segmentation larger images are reduced to
+    it, and smaller ones have pixels around them that do not count."""
     resize: MaybePixels = None
     """Shorter side of a photograph before the centre crop of the evaluation; by default what the weights were
     evaluated with, or 256 for each 224 pixels."""
@@ -164,6 +193,23 @@ class Config:
             raise ValueError(f"pad must be less than image_size, {self.image_size}, got {self.pad}.")
         if self.resume and self.run_dir is None:
             raise ValueError("resume needs run_dir, the folder of the run that goes on.")
+        if self.weights is not None and self.weights_backbone is not None:
+            raise ValueError(
+                "weights_backbone must be left out where weights are given, which have one, got "
+                f"{self.weights_backbone!r}."
+            )
+        defaults = {one.name: one.default for one in fields(self)}
+        for name in FOREIGN[self.task]:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name} must be left at {defaults[name]!r} for the task {self.task}, which does not have it, got "
+                    f"{getattr(self, name)!r}."
+                )
+
+    @property
+    def measure(self) -> str:
+        """What the history calls the measure that the task is judged by."""
+        return MEASURES[self.task]
 
     @classmethod
     def fixed(cls) -> list[str]:

@@ -85,6 +85,9 @@ Fraction = Annotated[
 ]
 Rate = Annotated[float, _RATE, tyro.conf.arg(metavar="0<=FLOAT<1")]
 MaybeRate = Annotated[float | None, _RATE, tyro.conf.arg(metavar="None|0<=FLOAT<1")]
+Factor = Annotated[
+    float, _number("a finite number of at least 1", lambda x: 1 <= x < math.inf), tyro.conf.arg(metavar="FLOAT>=1")
+]
 Part = Annotated[float, _PART, tyro.conf.arg(metavar="0<FLOAT<=1")]
 MaybePart = Annotated[float | None, _PART, tyro.conf.arg(metavar="None|0<FLOAT<=1")]
 # On the command line a flag, which may also be left out.

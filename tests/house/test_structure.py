@@ -151,6 +151,7 @@ ROOMS = {
     "benchmark": 7,
     "evaluate": 7,
     "preprocessing": 7,
+    "scenes": 7,
     "experiments": 8,
     "__main__": 8,
     "launch": 9,

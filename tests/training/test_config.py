@@ -41,6 +41,9 @@ REFUSED = [
     ("erase", 2.0, "a number from 0 to 1"),
     ("crop_area", 0.0, "a number above 0 and at most 1"),
     ("crop_area", 2.0, "a number above 0 and at most 1"),
+    ("power", 0.0, POSITIVE),
+    ("rescale", 0.5, "a finite number of at least 1"),
+    ("rescale", float("inf"), "a finite number of at least 1"),
     ("decay_rate", 0.0, "a number above 0 and at most 1"),
     ("steps_per_epoch", -1, f"{WHOLE} 1"),
     ("steps_per_epoch", 0, f"{WHOLE} 1"),
@@ -61,7 +64,9 @@ REFUSED = [
     ("quantize_epochs", -1, f"{WHOLE} 0"),
     ("stem_stride", 3, "one of 1, 2"),
     ("optimizer", "adam", "one of 'adamw', 'sgd', 'rmsprop'"),
-    ("schedule", None, "one of 'cosine', 'exponential', 'constant'"),
+    ("schedule", None, "one of 'cosine', 'poly', 'exponential', 'constant'"),
+    ("task", "detection", "one of 'classification', 'segmentation'"),
+    ("output_stride", 32, "one of 8, 16"),
     ("precision", "int8", "one of 'float32', 'bfloat16', 'float16'"),
     ("scale_with_devices", "twice", "one of 'no', 'linear', 'sqrt'"),
     ("flip", "no", "True or False"),
@@ -91,7 +96,7 @@ def test_every_number_has_a_range():
     assert set(kinds) - bare <= refused
     # What has none is a text, a path, a choice or a flag.
     assert not {name for name in bare if isinstance(getattr(digits.CONFIG, name), float)}
-    assert not {name for name in bare if type(getattr(digits.CONFIG, name)) is int} - {"stem_stride"}
+    assert not {name for name in bare if type(getattr(digits.CONFIG, name)) is int} - {"stem_stride", "output_stride"}
 
 
 @pytest.mark.parametrize(

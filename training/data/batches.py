@@ -43,12 +43,14 @@ class Batches(keras.utils.PyDataset):
     same for any number of processes, but for what Keras's layers draw, which they draw for a process's rows.
     """
 
+    target_type = "float32"
+
     def __init__(
         self,
         split: Split,
         classes: int,
         batch_size: int,
-        prepare: Callable[[Any, np.random.Generator], np.ndarray],
+        prepare: Callable[..., Any],
         change: Callable[[np.ndarray, np.ndarray, int, int, int], tuple[np.ndarray, np.ndarray]] | None = None,
         seed: int | None = None,
         workers: int = 2,
@@ -105,11 +107,20 @@ class Batches(keras.utils.PyDataset):
                 raise ValueError(f"dataset must have images that can be read. {self.told()}")
             return None
         images = np.stack([image for image, _ in pairs])
-        labels = keras.utils.to_categorical([label for _, label in pairs], self.classes)
+        labels = self.targets([label for _, label in pairs])
         if self.change is not None:
             seed = int(np.random.default_rng(position).integers(2**31))
             images, labels = self.change(images, labels, seed, first, self.batch_size)
-        return images.astype("float32"), labels.astype("float32")
+        return images.astype("float32"), labels.astype(self.target_type)
+
+    def example(self, i: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
+        """The image `i` of the split as it goes into a batch, and its label."""
+        image, label = self.split[i]
+        return self.prepare(image, rng), label
+
+    def targets(self, labels: list[Any]) -> np.ndarray:
+        """What the labels of the images of a batch are for the training."""
+        return keras.utils.to_categorical(labels, self.classes)
 
     def stream(
         self, epoch: int = 0, step: int = 0, epochs: int | None = None
@@ -165,14 +176,21 @@ class Batches(keras.utils.PyDataset):
         import tensorflow as tf
 
         # Keras would prefetch from a generator, and `waited` would be the time that its reader waits, not the training.
-        shapes = [self.image_shape, (self.classes,), *([] if class_weight is None else [()])]
-        specs = tuple(tf.TensorSpec((None, *shape), tf.float32) for shape in shapes)
-        return tf.data.Dataset.from_generator(stream, output_signature=specs)
+        types = ("float32", self.target_type)
+        specs = [tf.TensorSpec((None, *shape), type) for shape, type in zip(self.shapes, types, strict=True)]
+        specs += [] if class_weight is None else [tf.TensorSpec((None,), "float32")]
+        return tf.data.Dataset.from_generator(stream, output_signature=tuple(specs))
 
     @functools.cached_property
-    def image_shape(self) -> tuple[int, int, int]:
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of an image and of its label."""
+        images, labels = self[0]
+        return images.shape[1:], labels.shape[1:]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
         """(height, width, channels) of the images."""
-        return self[0][0].shape[1:]
+        return self.shapes[0]
 
     def readable(self) -> list[int]:
         """The numbers of the split's images that an ordered reading gave."""
@@ -194,8 +212,7 @@ class Batches(keras.utils.PyDataset):
         tries = 1 if self.seed is None else len(self.split)
         for j in (k % len(self.split) for k in range(i, i + tries)):
             try:
-                image, label = self.split[j]
-                return self.prepare(image, rng), label
+                return self.example(j, rng)
             except (ValueError, OSError) as error:
                 self.unreadable[self.split.name(j)] = str(error)
         return None

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import Config
-from . import sets
-from .batches import Batches, evaluation_batches, training_batches
+from . import batches, masks, sets, windows
+from .batches import Batches
 from .sets import Dataset
 
 
@@ -46,18 +46,24 @@ def read(config: Config, shard: tuple[int, int] = (0, 1)) -> Inputs:
     Raises:
         ValueError: where the data set is none.
     """
-    dataset = sets.load(config.dataset, config.image_size, config.data_dir, config.held_out)
+    if config.task == "segmentation":
+        dataset = masks.load(config.dataset, config.image_size, config.held_out)
+    else:
+        dataset = sets.load(config.dataset, config.image_size, config.data_dir, config.held_out)
     return inputs_of(dataset, config, shard)
 
 
 def inputs_of(dataset: Dataset, config: Config, shard: tuple[int, int] = (0, 1)) -> Inputs:
     """The same of a data set that has been read."""
     classes = len(dataset.class_names)
+    # Of images with a class each, or with a mask.
+    of = windows if config.task == "segmentation" else batches
     ordered, validation, test = (
-        evaluation_batches(split, classes, config, shard) for split in (dataset.train, dataset.validation, dataset.test)
+        of.evaluation_batches(split, classes, config, shard)
+        for split in (dataset.train, dataset.validation, dataset.test)
     )
     weights = balanced(dataset.train.labels, classes) if config.class_weights else None
-    train = training_batches(dataset.train, classes, config, shard)
+    train = of.training_batches(dataset.train, classes, config, shard)
     return Inputs(dataset, train, ordered, validation, test, weights)
 
 

@@ -51,6 +51,11 @@ class Split(abc.ABC):
         """The labels of all images, (number,)."""
         return np.array([self[i][1] for i in range(len(self))])
 
+    @property
+    def strata(self) -> np.ndarray:
+        """What a part that is held out shall have the same fraction of, (number,): the labels."""
+        return self.labels
+
 
 class ArraySplit(Split):
     """Arrays: images (number, height, width, channels) of values 0..255, labels (number,) of whole numbers."""
@@ -66,7 +71,7 @@ class ArraySplit(Split):
         return self.images[i], int(self.labels[i])
 
     def fingerprint(self):
-        return _hash(self.images, self.labels)
+        return fingerprint_of(self.images, self.labels)
 
 
 class FileSplit(Split):
@@ -87,10 +92,10 @@ class FileSplit(Split):
 
     def fingerprint(self):
         """Of the files' names, with that of the folder that each lies in, sizes and labels; the data set may move."""
-        return _hash(self.labels, *(f"{path.parent.name}/{path.name} {_size(path)}" for path in self.paths))
+        return fingerprint_of(self.labels, *(f"{path.parent.name}/{path.name} {size_of(path)}" for path in self.paths))
 
 
-def _size(path):
+def size_of(path):
     """Bytes of a file; None of a link that leads nowhere, which is told when it is read."""
     try:
         return path.stat().st_size
@@ -118,7 +123,7 @@ class RecordSplit(Split):
 
     def fingerprint(self):
         """Of TFDS's name and version and the number of records, whose files TFDS does not change."""
-        return _hash(self.source.dataset_info.full_name, str(len(self)))
+        return fingerprint_of(self.source.dataset_info.full_name, str(len(self)))
 
     @functools.cached_property
     def labels(self):
@@ -145,8 +150,12 @@ class Subset(Split):
     def labels(self):
         return self.split.labels[self.indices]
 
+    @property
+    def strata(self):
+        return self.split.strata[self.indices]
+
     def fingerprint(self):
-        return _hash(self.split.fingerprint(), self.indices)
+        return fingerprint_of(self.split.fingerprint(), self.indices)
 
 
 @dataclass(frozen=True)
@@ -166,10 +175,10 @@ class Dataset:
         """The number of images and the hash of each split, and the class names' hash."""
         splits = {"training": self.train, "validation": self.validation, "test": self.test}
         found = {name: f"{len(split)} images, {split.fingerprint()}" for name, split in splits.items()}
-        return found | {"class": f"{len(self.class_names)} names, {_hash(*self.class_names)}"}
+        return found | {"class": f"{len(self.class_names)} names, {fingerprint_of(*self.class_names)}"}
 
 
-def _hash(*parts: Any) -> str:
+def fingerprint_of(*parts: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(part.encode() + b"\0" if isinstance(part, str) else np.ascontiguousarray(part).data)
@@ -250,18 +259,26 @@ def _array_split(part, x, y, most):
     return ArraySplit(x if x.dtype == np.uint8 else np.round(x).astype("uint8"), y.astype("int64"))
 
 
-def _digits(image_size):
+def digit_scans() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """scikit-learn's handwritten digits, by part: scans (number, 8, 8) of 0..16, black to white ink, and labels."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = np.asarray(digits.images, "float32")[..., None] * (255 / 16)
-    images = keras.ops.convert_to_numpy(keras.ops.image.resize(images, (image_size, image_size)))
-    indices = np.arange(len(images))
+    indices = np.arange(len(digits.images))
     rest, test = train_test_split(indices, test_size=0.2, stratify=digits.target, random_state=SPLIT_SEED)
     train, validation = train_test_split(rest, test_size=0.125, stratify=digits.target[rest], random_state=SPLIT_SEED)
-    parts = [ArraySplit(images[part], digits.target[part]) for part in (train, validation, test)]
-    return dict(zip(SPLIT_NAMES, parts, strict=True)), tuple(map(str, digits.target_names))
+    parts = zip(SPLIT_NAMES, (train, validation, test), strict=True)
+    return {name: (digits.images[part], digits.target[part]) for name, part in parts}
+
+
+def _digits(image_size):
+    def enlarged(scans):
+        images = np.asarray(scans, "float32")[..., None] * (255 / 16)
+        return keras.ops.convert_to_numpy(keras.ops.image.resize(images, (image_size, image_size)))
+
+    parts = {name: ArraySplit(enlarged(scans), labels) for name, (scans, labels) in digit_scans().items()}
+    return dict(parts), tuple(map(str, range(10)))
 
 
 def _arrays(path):
@@ -389,8 +406,8 @@ def _divided(split, fraction=HELD_OUT):
     """Two splits; the second has `fraction` of each class, at least one image of those that have two."""
     rng = np.random.default_rng(SPLIT_SEED)
     second: list[int] = []
-    for label in np.unique(split.labels):
-        own = rng.permutation(np.flatnonzero(split.labels == label))
+    for stratum in np.unique(split.strata):
+        own = rng.permutation(np.flatnonzero(split.strata == stratum))
         second += own[: max(1, round(fraction * len(own))) if len(own) > 1 else 0].tolist()
     if not second:
         raise ValueError("dataset must have two images of some class, so that one can be held out for validation.")

@@ -7,6 +7,8 @@ import numpy as np
 
 import keras_mnv2
 
+from ..data.masks import IGNORED
+
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Fraction of images whose label is among the `k` largest scores; of equal scores the first class is the larger.
@@ -122,3 +124,62 @@ def measures(scores: np.ndarray, labels: np.ndarray, class_names: Sequence[str])
         "calibration_error": calibration_error(scores, labels),
         "per_class": per_class(confusion_matrix(scores, labels), class_names),
     }
+
+
+def pixel_matrix(labels: np.ndarray, predictions: np.ndarray, classes: int, ignored: int = IGNORED) -> np.ndarray:
+    """Counts of pixels, (classes, classes): rows are the labels, columns the predictions.
+
+    Args:
+        labels: of pixels, of any shape; those that are `ignored` are left out.
+        predictions: of the same shape.
+        classes: how many there are.
+        ignored: the label of pixels that do not count.
+    """
+    counted = labels != ignored
+    pairs = labels[counted].astype("int64") * classes + predictions[counted]
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def intersection_over_union(matrix: np.ndarray) -> np.ndarray:
+    """Of each class, the pixels that are rightly its own over those of its label, of its prediction, or of both.
+
+    The Pascal VOC challenge's measure of segmentation (Everingham et al. 2015), over all pixels.
+
+    Args:
+        matrix: of `pixel_matrix`, (classes, classes), or several, (..., classes, classes).
+
+    Returns:
+        Fractions (..., classes); NaN for a class that is neither a label nor a prediction.
+    """
+    right = np.diagonal(matrix, axis1=-2, axis2=-1).astype("float64")
+    union = matrix.sum(axis=-1) + matrix.sum(axis=-2) - right
+    return np.divide(right, union, out=np.full_like(right, np.nan), where=union > 0)
+
+
+def mean_iou(matrix: np.ndarray) -> float:
+    """The mean over the classes that are a label or a prediction, as Keras's `MeanIoU`; 0 where no pixel counts."""
+    found = intersection_over_union(matrix)
+    return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
+
+
+def per_class_of_pixels(matrix: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Each class's pixels, intersection over union, accuracy and precision.
+
+    Args:
+        matrix: of `pixel_matrix`, (classes, classes).
+        class_names: in the order of the rows.
+
+    Returns:
+        Dicts with `name`, `pixels`, `iou`, `accuracy` and `precision`, the last three None where they have no pixels.
+    """
+    found = intersection_over_union(matrix)
+    return [
+        {
+            "name": row["name"],
+            "pixels": row["images"],
+            "iou": None if np.isnan(iou) else float(iou),
+            "accuracy": row["accuracy"],
+            "precision": row["precision"],
+        }
+        for row, iou in zip(per_class(matrix, class_names), found, strict=True)
+    ]

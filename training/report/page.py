@@ -28,9 +28,14 @@ COLUMNS = {
     "val_loss": ("validation loss", "{:.4f}"),
     "accuracy": ("accuracy", "{:.2%}"),
     "val_accuracy": ("validation accuracy", "{:.2%}"),
+    "mean_iou": ("mean IoU", "{:.2%}"),
+    "val_mean_iou": ("validation mean IoU", "{:.2%}"),
     "learning_rate": ("learning rate", "{:.3g}"),
     "seconds": ("seconds", "{:.1f}"),
 }
+# Columns of the table of the classes: key and heading.
+FRACTIONS_OF_IMAGES = {"accuracy": "accuracy", "precision": "precision", "f1": "F1"}
+FRACTIONS_OF_PIXELS = {"iou": "IoU", "accuracy": "accuracy", "precision": "precision"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Report:
         versions: of Python and packages.
         phases: the history of each phase of a training, by its name, as `curves.charts` takes it.
         no_maps: why the mistakes have no activation map; empty where they have.
+        pixels: whether pixels are counted, and not images.
+        worst: of pixels, the images of `segmentation.worst_images` in the place of mistakes.
     """
 
     title: str
@@ -64,6 +71,8 @@ class Report:
     versions: Mapping[str, str]
     phases: Mapping[str, curves.History] = dataclasses.field(default_factory=dict)
     no_maps: str = ""
+    pixels: bool = False
+    worst: Sequence[Any] = ()
 
 
 def write(path: Path, report: Report) -> None:
@@ -94,6 +103,8 @@ def html(report: Report) -> str:
     environment.filters["picture"] = picture
     environment.filters["short"] = lambda name: "/".join(Path(name).parts[-2:])
     script = (folder / "page.js").read_text("utf-8")
+    environment.filters["grouped"] = "{:,}".format
+    environment.filters["extract"] = lambda key, row: row[key]
     many = len(report.class_names) > MOST_CLASSES
     return environment.get_template("page.html").render(
         report=report,
@@ -104,7 +115,9 @@ def html(report: Report) -> str:
         epochs=_epochs(report.phases),
         matrix=None if many else report.matrix.tolist(),
         pairs=metrics.most_confused(report.matrix, report.class_names, PAIRS) if many else [],
-        rows=metrics.per_class(report.matrix, report.class_names),
+        rows=(metrics.per_class_of_pixels if report.pixels else metrics.per_class)(report.matrix, report.class_names),
+        counted="pixels" if report.pixels else "images",
+        fractions=FRACTIONS_OF_PIXELS if report.pixels else FRACTIONS_OF_IMAGES,
         overlay=overlay,
     )
 

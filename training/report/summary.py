@@ -16,6 +16,13 @@ def results(found: Mapping[str, Any], history: Mapping[str, Sequence[float]], cl
         history: of the training, empty where only a head was trained.
         classes: how many there are.
     """
+    if "test_mean_iou" in found:
+        return [
+            ("test mean IoU", f"{found['test_mean_iou']:.2%} of {found['test_images']} images"),
+            ("test accuracy of pixels", f"{found['test_pixel_accuracy']:.2%}"),
+            *([("best validation mean IoU", f"{max(history['val_mean_iou']):.2%}")] if history else []),
+            *_cost(found, history),
+        ]
     lines = [("test accuracy", f"{found['test_accuracy']:.2%} of {found['test_images']} images")]
     if "head_test_accuracy" in found:
         head = f"{found['head_test_accuracy']:.2%}, {duration(found['head_seconds'])}"
@@ -27,8 +34,14 @@ def results(found: Mapping[str, Any], history: Mapping[str, Sequence[float]], cl
         if name.endswith("_tflite_test_accuracy"):
             lines.append((f"LiteRT, {name.removesuffix('_tflite_test_accuracy')}", f"{value:.2%}"))
     if history:
+        lines.append(("best validation accuracy", f"{max(history['val_accuracy']):.2%}"))
+    return [*lines, *_cost(found, history)]
+
+
+def _cost(found, history):
+    lines = []
+    if history:
         lines += [
-            ("best validation accuracy", f"{max(history['val_accuracy']):.2%}"),
             ("epochs", str(len(history["loss"]))),
             ("seconds an epoch", f"{found['seconds_per_epoch']:.1f}"),
             ("waiting for input", f"{found['waiting_for_input']:.1%} of the training's time"),

@@ -151,7 +151,7 @@ def early_stopping(config: Config) -> keras.callbacks.EarlyStopping | None:
     if not config.early_stopping:
         return None
     return keras.callbacks.EarlyStopping(
-        "val_accuracy", patience=config.early_stopping, restore_best_weights=True, mode="max"
+        f"val_{config.measure}", patience=config.early_stopping, restore_best_weights=True, mode="max"
     )
 
 

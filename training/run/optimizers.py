@@ -4,6 +4,7 @@ import keras
 import numpy as np
 
 from ..config import Config
+from ..data.masks import IGNORED
 from ..parallel import engines
 from ..parallel.engines import Engine
 
@@ -14,7 +15,7 @@ def compile_model(
     """Gives `model` the recipe's optimiser, schedule and loss, for epochs of so many steps.
 
     Returns:
-        The running means of the loss and of the accuracy.
+        The running means of the loss and of the task's measure.
     """
     with engine.scope():
         optimizer = make_optimizer(config, steps)
@@ -23,13 +24,24 @@ def compile_model(
             for variable in model.trainable_variables:
                 if variable.name == "kernel":
                     variable.regularizer = keras.regularizers.L2(config.weight_decay / 2)
-    accuracy = keras.metrics.CategoricalAccuracy(name="accuracy")
-    loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
-    model.compile(optimizer, loss=loss, metrics=None if engine.own_step else [accuracy])
+    measure: keras.metrics.Metric
+    if config.task == "segmentation":
+        classes = model.output_shape[-1]
+        measure = keras.metrics.MeanIoU(classes, config.measure, ignore_class=IGNORED, sparse_y_pred=False)
+    else:
+        measure = keras.metrics.CategoricalAccuracy(name=config.measure)
+    model.compile(optimizer, loss=loss_of(config), metrics=None if engine.own_step else [measure])
     with engine.scope():
         # A checkpoint has its variables from the first step on.
         optimizer.build(model.trainable_variables)
-    return next(metric for metric in model.metrics if metric.name == "loss"), accuracy
+    return next(metric for metric in model.metrics if metric.name == "loss"), measure
+
+
+def loss_of(config: Config, reduction: str = "sum_over_batch_size") -> keras.losses.Loss:
+    """The task's loss: the cross-entropy of images, or of the pixels that count."""
+    if config.task == "segmentation":
+        return keras.losses.SparseCategoricalCrossentropy(True, ignore_class=IGNORED, reduction=reduction)
+    return keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing, reduction=reduction)
 
 
 def make_optimizer(config: Config, steps: int) -> keras.optimizers.Optimizer:
@@ -78,22 +90,28 @@ class Warmup(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def learning_rates(config: Config, steps_per_epoch: int) -> keras.optimizers.schedules.LearningRateSchedule:
-    """The schedule of a run: linear warm-up, then a cosine to 0, a staircase, or a constant.
+    """The schedule of a run: linear warm-up, then a cosine to 0, a power of what is left, a staircase, or a constant.
 
-    The cosine is Loshchilov and Hutter's (2017), the staircase `learning_rate * decay_rate ** epoch`, the paper's
-    (section 6.1) and torchvision's, counted from the end of the warm-up.
+    The cosine is Loshchilov and Hutter's (2017). The power is DeepLab's "poly" (Chen et al. 2017, arXiv 1606.00915,
+    section 4.1): `learning_rate * (1 - step / steps) ** power`, over the steps after the warm-up. The staircase is
+    `learning_rate * decay_rate ** epoch`, the paper's (section 6.1) and torchvision's, counted from the end of the
+    warm-up.
 
     Args:
-        config: its `schedule`, `learning_rate`, `decay_rate`, `warmup_epochs` and `epochs`.
+        config: its `schedule`, `learning_rate`, `power`, `decay_rate`, `warmup_epochs` and `epochs`.
         steps_per_epoch: steps of the optimiser.
     """
     schedules = keras.optimizers.schedules
     warmup = round(config.warmup_epochs * steps_per_epoch)
+    left = max(1, steps_per_epoch * config.epochs - warmup)
+    after: keras.optimizers.schedules.LearningRateSchedule
     if config.schedule == "cosine":
-        left = max(1, steps_per_epoch * config.epochs - warmup)
         if warmup:
             return schedules.CosineDecay(0.0, left, warmup_target=config.learning_rate, warmup_steps=warmup)
         return schedules.CosineDecay(config.learning_rate, left)
-    rate = config.decay_rate if config.schedule == "exponential" else 1.0
-    after = schedules.ExponentialDecay(config.learning_rate, steps_per_epoch, rate, staircase=True)
+    if config.schedule == "poly":
+        after = schedules.PolynomialDecay(config.learning_rate, left, end_learning_rate=0.0, power=config.power)
+    else:
+        rate = config.decay_rate if config.schedule == "exponential" else 1.0
+        after = schedules.ExponentialDecay(config.learning_rate, steps_per_epoch, rate, staircase=True)
     return Warmup(after, warmup) if warmup else after

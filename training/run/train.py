@@ -12,14 +12,12 @@ import keras_mnv2
 
 from .. import files
 from ..config import Config
-from ..data.batches import read_scores, share_unreadable
+from ..data.batches import share_unreadable
 from ..data.inputs import Inputs, read
 from ..parallel import engines
 from ..parallel.channel import Channel, connect
 from ..parallel.engines import Engine
-from ..report import metrics
 from ..report.summary import duration
-from ..report.training import write_report
 from ..report.versions import versions
 from ..state import run_folder
 from ..state.run_folder import Run
@@ -30,6 +28,7 @@ from .network import build_model, for_inference
 from .processes import end_at_once, quiet
 from .quantization import SAMPLE, quantize
 from .saving import Diverged, keep_good_weights, trained_weights
+from .testing import TESTS
 
 # Of Goyal et al. 2017, section 2.2, for a learning rate that was multiplied.
 WARMUP_EPOCHS = 5.0
@@ -121,13 +120,13 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
                 # Before the test: its images may have faults that end the run.
                 with files.beside(this.folder / "model.keras") as part:
                     final.save(part)
-        scores, labels = read_scores(engine.predictor(model), inputs.test, channel)
+        test = TESTS[config.task](this, engine.predictor(model), inputs)
         for batches in (inputs.train, inputs.validation):
             share_unreadable(batches, channel)
         if not channel.main:
             return {}
-        results["test_accuracy"] = metrics.top_k(scores, labels, 1)
-        print(f"test accuracy {results['test_accuracy']:.2%} on {len(labels)} images")
+        results |= test.results()
+        print(test.told())
         with engine.alone():
             if config.saved_model is not False and installed("tensorflow"):
                 sample = inputs.test[0][0][:SAMPLE]
@@ -141,9 +140,6 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
         with engine.alone():
             raise ValueError(keep_good_weights(this, model, evaluation_size, error)) from error
     results |= {
-        "test_images": len(labels),
-        "test_top5_accuracy": metrics.top_k(scores, labels, 5),
-        "calibration_error": metrics.calibration_error(scores, labels),
         "unreadable_images": {**inputs.train.unreadable, **inputs.validation.unreadable, **inputs.test.unreadable},
         "seconds": round(this.seconds, 1),
         "fit_seconds": round(fit_seconds, 1),
@@ -158,7 +154,7 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
     for batches in (inputs.train, inputs.validation, inputs.test):
         if told := batches.told():
             print(told)
-    write_report(this, final, results, inputs, scores, labels, command)
+    test.write_report(final, results, command)
     files.write_json(this.folder / "metrics.json", results)
     this.checkpoints.remove()
     print(f"{duration(results['seconds'])} in all, results in {this.folder}")
@@ -205,6 +201,8 @@ def scaled(config: Config, engine: Engine) -> Config:
             learning_rate=config.learning_rate * factor,
             warmup_epochs=max(config.warmup_epochs, WARMUP_EPOCHS),
         )
+    if config.task == "segmentation" and devices > 1:
+        raise ValueError(f"task must be classification on several devices, got {config.task!r} on {devices}.")
     if config.batch_size % devices:
         raise ValueError(f"batch_size must be a multiple of the {devices} devices, got {config.batch_size}.")
     return config

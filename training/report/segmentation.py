@@ -1,0 +1,127 @@
+"""The report of a training of segmentation: the images whose pixels were worst, and the page."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data.inputs import Inputs
+from ..data.masks import IGNORED
+from ..data.palette import palette
+from ..state.run_folder import Run
+from . import metrics, page, summary
+
+# Images that are shown.
+MOST = 24
+# Of the colours over the grey image.
+STRENGTH = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class WorstImage:
+    """An image with a low mean IoU.
+
+    Attributes:
+        name: of the image.
+        image: bytes (height, width, 3), as the network sees it.
+        truth: the same in grey under the colours of its labels.
+        prediction: likewise, of the predictions.
+        iou: mean over the classes that it has, as labels or predictions.
+        label: name of the class of the most pixels that were taken for one other.
+        taken_for: name of that other class.
+        pixels: how many they are.
+    """
+
+    name: str
+    image: np.ndarray
+    truth: np.ndarray
+    prediction: np.ndarray
+    iou: float
+    label: str
+    taken_for: str
+    pixels: int
+
+
+def worst_images(inputs: Inputs, worst: Sequence[tuple[float, int, np.ndarray]]) -> list[WorstImage]:
+    """The images with the lowest mean IoU as the page shows them.
+
+    Args:
+        inputs: of the run.
+        worst: (mean IoU, number among the test images that can be read, predictions (height, width)) of each.
+    """
+    test, names = inputs.test, inputs.class_names
+    readable, found = test.readable(), []
+    for iou, i, prediction in worst:
+        image, mask = test.example(readable[i], np.random.default_rng(0))
+        matrix = metrics.pixel_matrix(mask, prediction, len(names))
+        (confused,) = metrics.most_confused(matrix, names, 1) or [{"label": "", "prediction": "", "images": 0}]
+        found.append(
+            WorstImage(
+                name=test.split.name(readable[i]),
+                image=image,
+                truth=painted(image, mask),
+                prediction=painted(image, prediction),
+                iou=iou,
+                label=confused["label"],
+                taken_for=confused["prediction"],
+                pixels=confused["images"],
+            )
+        )
+    return found
+
+
+def painted(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """An image in grey under the colours of its pixels' labels.
+
+    Args:
+        image: bytes (height, width, 3).
+        labels: bytes (height, width); those that do not count are white.
+
+    Returns:
+        Bytes (height, width, 3).
+    """
+    colours = palette().astype("float32")
+    colours[IGNORED] = 255
+    grey = image.astype("float32").mean(axis=-1, keepdims=True)
+    return (grey * (1 - STRENGTH) + colours[labels] * STRENGTH).round().astype("uint8")
+
+
+def write_report(
+    run: Run,
+    found: dict[str, Any],
+    inputs: Inputs,
+    matrix: np.ndarray,
+    worst: Sequence[tuple[float, int, np.ndarray]],
+    command: str,
+) -> None:
+    """Writes `report.html` and `report.md` of a run whose metrics are `found`.
+
+    Args:
+        run: this run.
+        found: the metrics.
+        inputs: of the run.
+        matrix: of all pixels of the test, as `metrics.pixel_matrix`.
+        worst: as `worst_images` takes them.
+        command: what to run to repeat it.
+    """
+    config, names = run.config, inputs.class_names
+    images = " + ".join(f"{len(split):,}" for split in (inputs.train.split, inputs.validation.split, inputs.test.split))
+    report = page.Report(
+        title=f"{config.recipe} on {found['backend']}",
+        subtitle=f"DeepLabV3 on {config.dataset}, {images} images with {len(names)} classes of pixels for training, "
+        "validation and test.",
+        results=summary.results(found, run.done.get("history", {}), len(names)),
+        matrix=matrix,
+        class_names=names,
+        mistakes=(),
+        unreadable=found["unreadable_images"],
+        command=command,
+        settings=dataclasses.asdict(config),
+        versions=found["versions"],
+        phases={"training": run.done["history"]} if run.done.get("history") else {},
+        pixels=True,
+        worst=worst_images(inputs, worst),
+    )
+    page.write(run.folder / "report.html", report)
+    summary.write(run.folder / "report.md", report.title, report.results, "report.html")

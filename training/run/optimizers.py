@@ -1,5 +1,7 @@
 """The optimiser of a recipe, and its learning rates over the steps."""
 
+from typing import Any
+
 import keras
 import numpy as np
 
@@ -27,7 +29,7 @@ def compile_model(
     measure: keras.metrics.Metric
     if config.task == "segmentation":
         classes = model.output_shape[-1]
-        measure = keras.metrics.MeanIoU(classes, config.measure, ignore_class=IGNORED, sparse_y_pred=False)
+        measure = PixelIoU(classes, config.measure, ignore_class=IGNORED, sparse_y_pred=False)
     else:
         measure = keras.metrics.CategoricalAccuracy(name=config.measure)
     model.compile(optimizer, loss=loss_of(config), metrics=None if engine.own_step else [measure])
@@ -35,6 +37,21 @@ def compile_model(
         # A checkpoint has its variables from the first step on.
         optimizer.build(model.trainable_variables)
     return next(metric for metric in model.metrics if metric.name == "loss"), measure
+
+
+class PixelIoU(keras.metrics.MeanIoU):
+    """Keras's, counted by a product of matrices: its scatter takes seconds for a batch of images on PyTorch 2.14."""
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Counts the pixels of labels (batch, height, width) and scores (batch, height, width, classes)."""
+        ops = keras.ops
+        # A row for each pixel; that of an ignored label has no 1.
+        labels, found = (
+            ops.cast(ops.reshape(each, (-1, 1)) == ops.arange(self.num_classes, dtype="int32"), "float32")
+            for each in (ops.cast(y_true, "int32"), ops.cast(ops.argmax(y_pred, -1), "int32"))
+        )
+        counts = ops.matmul(ops.transpose(labels), found)
+        self.total_cm.assign_add(ops.cast(counts, self.total_cm.dtype))
 
 
 def loss_of(config: Config, reduction: str = "sum_over_batch_size") -> keras.losses.Loss:

@@ -181,3 +181,14 @@ def test_the_poly_schedule_follows_its_formula():
     for step in (0, 2, 5, 9, 19, 20):
         expected = 0.3 * (step / 5 if step < 5 else (1 - (step - 5) / 15) ** 0.9)
         assert float(keras.ops.convert_to_numpy(rates(step))) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_measure_of_a_step_is_keras_own(rng):
+    labels, scores = rng.integers(0, 5, (2, 6, 7)), rng.normal(size=(2, 6, 7, 5)).astype("float32")
+    labels[0, :2] = 255
+    options = {"ignore_class": 255, "sparse_y_pred": False}
+    found, expected = optimizers.PixelIoU(5, **options), keras.metrics.MeanIoU(5, **options)
+    for part in (slice(0, 1), slice(1, 2)):
+        for metric in (found, expected):
+            metric.update_state(labels[part], scores[part])
+    assert float(found.result()) == pytest.approx(float(expected.result()))

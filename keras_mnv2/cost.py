@@ -201,18 +201,20 @@ def _row_cost(row: Row, shape: tuple[int, ...], bytes_per_value: int) -> RowCost
     )
     out_pixels = out_height * out_width
     # (pixels of the output, weights, output channels) of each convolution.
-    if row.kind == "block":
+    bias = 0
+    if row.kind in ("block", "extra", "prediction"):
         hidden = row.hidden_channels
         convs = [] if row.expansion == 1 else [(height * width, channels * hidden, hidden)]
         convs += [(out_pixels, 9 * hidden, hidden), (out_pixels, hidden * row.channels, row.channels)]
+        bias = row.channels if row.kind == "prediction" else 0
     else:
         convs = [(out_pixels, kernel_size**2 * channels * row.channels, row.channels)]
-    normed = sum(out for _, _, out in convs)
+    normed = sum(out for _, _, out in convs) - bias
     return RowCost(
         name=row.name,
         input_shape=shape,
         output_shape=(out_height, out_width, row.channels),
-        parameters=sum(weights for _, weights, _ in convs) + 2 * normed,
+        parameters=sum(weights for _, weights, _ in convs) + 2 * normed + bias,
         statistics=2 * normed,
         multiply_adds=sum(pixels * weights for pixels, weights, _ in convs),
         activations=sum(pixels * out for pixels, _, out in convs),

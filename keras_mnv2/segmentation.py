@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -19,8 +18,8 @@ from keras_mnv2.layers.resize import ResizeLike
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.weights.load import load_source
-from keras_mnv2.weights.rename import Array, file_names, head_names
-from keras_mnv2.weights.source import Source, checkpoint_of, read_source, segmentation_classes_of
+from keras_mnv2.weights.rename import file_names, head_names
+from keras_mnv2.weights.source import Source, checkpoint_of, read_source, segmentation_classes_of, without
 from keras_mnv2.weights.table import segmentation_checkpoint
 
 # The authors' DeepLab code (research/deeplab, model.py): widths and rates of the head, and the epsilon of its norms.
@@ -133,8 +132,8 @@ def DeepLabV3(
     if source is not None:
         # A classifier's last convolution, which its file may have, is read by no head of these.
         last = file_names(source.layout, [], True, True, source.arrays)
-        source = _without(source, last)
-        backbone_weights = _without(source, head_names(source.layout, source.arrays))
+        source = without(source, last)
+        backbone_weights = without(source, head_names(source.layout, source.arrays))
 
     backbone = MobileNetV2(
         input_shape,
@@ -200,9 +199,3 @@ def _rates(aspp: Any, output_stride: int) -> tuple[int, ...]:
 def _branches(source: Source) -> bool:
     """Whether a file's head has the dilated branches."""
     return any(key.startswith("aspp1") for key in source.arrays)
-
-
-def _without(source: Source, names: Mapping[str, Array]) -> Source:
-    """The file without arrays of these names, but for those of the stem."""
-    left = {array.key for name, array in names.items() if not name.startswith("stem/")}
-    return replace(source, arrays={key: value for key, value in source.arrays.items() if key not in left})

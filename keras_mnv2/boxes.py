@@ -48,9 +48,10 @@ def check_sides(name: str, sides: Any) -> tuple[int, int]:
     return height, width
 
 
-def boxes_per_place(aspect_ratios: Sequence[Sequence[float]]) -> list[int]:
-    """How many default boxes each place of each map has: two squares, and two for each ratio."""
-    return [2 + 2 * len(ratios) for ratios in aspect_ratios]
+def boxes_per_place(aspect_ratios: Sequence[Sequence[float]], reduce_lowest: bool) -> list[int]:
+    """How many default boxes each place of each map has; arguments as for `default_boxes`."""
+    counts = [2 + 2 * len(ratios) for ratios in aspect_ratios]
+    return [1 + 2 * len(aspect_ratios[0][:1]), *counts[1:]] if reduce_lowest else counts
 
 
 def default_boxes(
@@ -58,6 +59,7 @@ def default_boxes(
     map_sizes: Sequence[Sequence[int]],
     scales: Sequence[float],
     aspect_ratios: Sequence[Sequence[float]],
+    reduce_lowest: bool = False,
 ) -> np.ndarray:
     """The default boxes of an image (Liu et al. 2016, section 2.2), in the order of torchvision's.
 
@@ -69,6 +71,8 @@ def default_boxes(
         map_sizes: (height, width) of each map.
         scales: of each map and one more, as a share of the image's sides.
         aspect_ratios: of each map.
+        reduce_lowest: whether the first map has a square of half its scale in the place of two, and the first ratio
+            alone, as in the authors' code (`reduce_boxes_in_lowest_layer`).
 
     Returns:
         float32 (boxes, 4): map by map, row by row, place by place.
@@ -80,8 +84,9 @@ def default_boxes(
     found = []
     for k, ((rows, columns), ratios) in enumerate(zip(map_sizes, aspect_ratios, strict=True)):
         between = math.sqrt(scales[k] * scales[k + 1])
-        sides = [(scales[k], scales[k]), (between, between)]
-        for ratio in ratios:
+        reduced = reduce_lowest and k == 0
+        sides = [(scales[0] / 2,) * 2] if reduced else [(scales[k],) * 2, (between,) * 2]
+        for ratio in ratios[:1] if reduced else ratios:
             wide, high = scales[k] * math.sqrt(ratio), scales[k] / math.sqrt(ratio)
             sides += [(wide, high), (high, wide)]
         half = np.minimum(sides, 1.0) / 2

@@ -13,7 +13,7 @@ from keras_mnv2.architecture import detection_plan, plan
 from keras_mnv2.arguments import check_graph, data_format_name, dtype_policy
 from keras_mnv2.boxes import ASPECT_RATIOS, SCALES, boxes_per_place, check_shapes, encode, match
 from keras_mnv2.build import apply_extra, apply_prediction
-from keras_mnv2.checks import check_number, check_whole
+from keras_mnv2.checks import check_flag, check_number, check_whole
 from keras_mnv2.cost import MOST_PARAMETERS, check_size
 from keras_mnv2.layers.detections import DefaultBoxes, Detections, JoinMaps
 from keras_mnv2.model import MobileNetV2, weights_and_settings
@@ -40,6 +40,7 @@ def SSDLite(
     *,
     scales: Sequence[float] = SCALES,
     aspect_ratios: Sequence[Sequence[float]] = ASPECT_RATIOS,
+    reduce_lowest: bool = True,
     averaged: bool | None = None,
     padding: str | None = None,
     norm_momentum: float | None = None,
@@ -60,13 +61,15 @@ def SSDLite(
         alpha: width multiplier of the backbone and the extra layers; 1.0 by default.
         weights: what the whole network starts with: the path of a file that this package wrote, which says `alpha` and
             `classes`, unless they are given. With another number of classes their predictions stay random, and a line
-            says so. `scales` and `aspect_ratios` must be those that it was trained with.
+            says so. `scales`, `aspect_ratios` and `reduce_lowest` must be those that it was trained with.
         weights_backbone: without `weights`, what the backbone starts with, as `weights` of `MobileNetV2`; by default
             Keras's ImageNet checkpoint of this width. None is random weights.
         classes: without the background; by default the file's or 80 (COCO).
         name: of the model.
         scales: of the default boxes of each map and one more, as a share of the image's sides.
         aspect_ratios: of the default boxes of each map beside two squares: each gives a wide and a high one.
+        reduce_lowest: whether the first map has three boxes a place, as in the authors' code: a square of half its
+            scale, and the first ratio's two. With False it has six like the others, as in torchvision.
         averaged: as in `MobileNetV2`.
         padding: likewise.
         norm_momentum: likewise.
@@ -86,23 +89,23 @@ def SSDLite(
     Examples:
         >>> model = SSDLite((96, 96, 3), alpha=0.35, weights_backbone=None, classes=5)
         >>> {name: tuple(y.shape) for name, y in model(np.zeros((2, 96, 96, 3))).items()}
-        {'boxes': (2, 312, 4), 'classes': (2, 312, 6)}
+        {'boxes': (2, 204, 4), 'classes': (2, 204, 6)}
     """
     data_format = data_format_name(data_format)
     policy = dtype_policy(dtype)
     scales, aspect_ratios = check_shapes(scales, aspect_ratios)
+    reduce_lowest = check_flag("reduce_lowest", reduce_lowest)
     if len(aspect_ratios) != len(ASPECT_RATIOS):
         raise ValueError(f"aspect_ratios must be of {len(ASPECT_RATIOS)} maps, got {len(aspect_ratios)}.")
+    counts = boxes_per_place(aspect_ratios, reduce_lowest)
     if input_shape is None:
         input_shape = (SIDE, SIDE, 3) if data_format == "channels_last" else (3, SIDE, SIDE)
     elif isinstance(input_shape, Sequence) and None in input_shape:
-        raise ValueError(
-            f"input_shape must be of a known size, which the default boxes depend on, got {input_shape!r}."
-        )
+        raise ValueError(f"input_shape must have known sides, which the default boxes depend on, got {input_shape!r}.")
     source, width = None, 0
     if weights is not None:
         source = read_source(checkpoint_of(weights) or weights, averaged)
-        width = detector_classes_of(source, boxes_per_place(aspect_ratios))
+        width = detector_classes_of(source, counts)
         if not width:
             raise ValueError(
                 f"weights must be of an SSDLite, got {str(source.path)!r}, which has no predictions of boxes; "
@@ -117,7 +120,7 @@ def SSDLite(
     start, settings = weights_and_settings(start, averaged, given, (224, 224), False)
     architecture = {name: settings[name] for name in ("alpha", "depth_multiplier", "fix_stem_head")}
     rows = plan(**architecture)
-    extras, predictions = detection_plan(rows, architecture["alpha"], boxes_per_place(aspect_ratios), classes + 1)
+    extras, predictions = detection_plan(rows, architecture["alpha"], counts, classes + 1)
     check_size([*rows, *extras, *predictions], 0)
     backbone = MobileNetV2(
         input_shape,
@@ -153,7 +156,9 @@ def SSDLite(
     image = backbone.input
     sizes = [y.shape[axes] for y in boxes]
     outputs = {
-        "boxes": DefaultBoxes(image.shape[axes], sizes, scales, aspect_ratios, name="boxes", **own)(boxes),
+        "boxes": DefaultBoxes(image.shape[axes], sizes, scales, aspect_ratios, reduce_lowest, name="boxes", **own)(
+            boxes
+        ),
         "classes": JoinMaps(classes + 1, name="classes", **own)(logits),
     }
     label = f"ssdlite_{backbone.name.split('_')[1]}_{image.shape[axes][0]}"
@@ -232,7 +237,7 @@ class TargetEncoder:
         >>> model = SSDLite((96, 96, 3), alpha=0.35, weights_backbone=None, classes=5)
         >>> targets = TargetEncoder(model)([[[10, 20, 60, 70]], []], [[3], []])
         >>> targets["boxes"].shape, targets["classes"].shape, int(targets["classes"].max())
-        ((2, 312, 5), (2, 312), 4)
+        ((2, 204, 5), (2, 204), 4)
     """
 
     def __init__(self, model: keras.Model, iou_threshold: float = 0.5) -> None:

@@ -11,7 +11,7 @@ from keras_mnv2.annotations import PathLike, Tensor
 from keras_mnv2.arguments import activation_function, data_format_name, dtype_policy
 from keras_mnv2.build import unit
 from keras_mnv2.checks import check_choice, check_flag, check_rate, check_whole
-from keras_mnv2.cost import MOST_PARAMETERS
+from keras_mnv2.cost import MOST_PARAMETERS, SEGMENTATION_CHANNELS
 from keras_mnv2.initializers import Normal
 from keras_mnv2.layers.parts import Conv2D
 from keras_mnv2.layers.resize import ResizeLike
@@ -22,8 +22,7 @@ from keras_mnv2.weights.rename import file_names, head_names
 from keras_mnv2.weights.source import Source, checkpoint_of, read_source, segmentation_classes_of, without
 from keras_mnv2.weights.table import segmentation_checkpoint
 
-# The authors' DeepLab code (research/deeplab, model.py): widths and rates of the head, and the epsilon of its norms.
-HEAD_CHANNELS = 256
+# The authors' DeepLab code (research/deeplab, model.py): rates of the head, and the epsilon of its norms.
 HEAD_EPSILON = 1e-5
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
 # Of the authors' checkpoint, and of the paper's fastest network (Table 7).
@@ -41,7 +40,7 @@ def DeepLabV3(
     *,
     output_stride: int | None = None,
     aspp: bool | Sequence[int] | None = None,
-    head_channels: int = HEAD_CHANNELS,
+    head_channels: int = SEGMENTATION_CHANNELS,
     dropout: float = 0.1,
     upsample: bool = True,
     averaged: bool | None = None,

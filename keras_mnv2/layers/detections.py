@@ -10,8 +10,9 @@ import numpy as np
 from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.arguments import data_format_name
 from keras_mnv2.boxes import ASPECT_RATIOS, CODE_WEIGHTS, SCALES, check_shapes, check_sides, default_boxes
-from keras_mnv2.checks import check_rate, check_whole
+from keras_mnv2.checks import check_flag, check_rate, check_whole
 from keras_mnv2.layers.fusing import Simple
+from keras_mnv2.ops import take_of_rows
 
 # The largest factor of a side, 62.5, as in torchvision and Detectron: `exp` must not overflow.
 MOST_LOGARITHM = math.log(1000 / 16)
@@ -79,9 +80,11 @@ class _WithDefaultBoxes(keras.layers.Layer):
         map_sizes: Sequence[Sequence[int]],
         scales: Sequence[float] = SCALES,
         aspect_ratios: Sequence[Sequence[float]] = ASPECT_RATIOS,
+        reduce_lowest: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.reduce_lowest = check_flag("reduce_lowest", reduce_lowest)
         self.image_size = check_sides("image_size", image_size)
         self.scales, self.aspect_ratios = check_shapes(scales, aspect_ratios)
         if isinstance(map_sizes, str) or not isinstance(map_sizes, Sequence) or len(map_sizes) != len(aspect_ratios):
@@ -91,7 +94,7 @@ class _WithDefaultBoxes(keras.layers.Layer):
     @property
     def box_config(self) -> dict[str, Any]:
         """What another such layer is made with."""
-        names = ("image_size", "map_sizes", "scales", "aspect_ratios")
+        names = ("image_size", "map_sizes", "scales", "aspect_ratios", "reduce_lowest")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -112,6 +115,7 @@ class DefaultBoxes(_WithDefaultBoxes, JoinMaps):
         map_sizes: (height, width) of each map.
         scales: of each map and one more, as a share of the image's sides.
         aspect_ratios: of each map; each gives a wide and a high box beside the two squares.
+        reduce_lowest: whether the first map has one square, of half its scale, and its first ratio alone.
         data_format: `"channels_last"`, `"channels_first"`, or None for Keras's setting.
         **kwargs: of `keras.layers.Layer`: name, dtype, trainable.
 
@@ -156,6 +160,7 @@ class Detections(_WithDefaultBoxes):
         map_sizes: (height, width) of each map.
         scales: of each map and one more, as a share of the image's sides.
         aspect_ratios: of each map.
+        reduce_lowest: as in `DefaultBoxes`.
         score_threshold: what a score must be above.
         iou_threshold: intersection over union that a better box of the class may have.
         candidates: how many of the best pairs of a box and a class of an image are looked at.
@@ -203,7 +208,7 @@ class Detections(_WithDefaultBoxes):
         scores, pairs = ops.top_k(scores, found)
         pairs = ops.cast(pairs, "int32")
         labels = pairs % classes
-        corners = [_taken(x, pairs // classes) for x in self._decoded(regressions)]
+        corners = [take_of_rows(x, pairs // classes) for x in self._decoded(regressions)]
 
         suppresses = ops.cast(self._overlap(corners, labels), scores.dtype)
         stays = ops.ones_like(scores)[:, None]
@@ -214,8 +219,8 @@ class Detections(_WithDefaultBoxes):
         scores, best = ops.top_k(scores * kept, detections)
         best = ops.cast(best, "int32")
         is_one = scores > 0
-        boxes = ops.stack([_taken(x, best) * ops.cast(is_one, x.dtype) for x in corners], axis=-1)
-        return {"boxes": boxes, "scores": scores, "classes": ops.where(is_one, _taken(labels, best), -1)}
+        boxes = ops.stack([take_of_rows(x, best) * ops.cast(is_one, x.dtype) for x in corners], axis=-1)
+        return {"boxes": boxes, "scores": scores, "classes": ops.where(is_one, take_of_rows(labels, best), -1)}
 
     def _decoded(self, regressions: Tensor) -> list[Tensor]:
         """Left, top, right and bottom of each box, within the image: the inverse of `boxes.encode`."""
@@ -265,8 +270,3 @@ class Detections(_WithDefaultBoxes):
     def get_config(self) -> dict[str, Any]:
         names = ("score_threshold", "iou_threshold", "candidates", "max_detections")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
-
-
-def _taken(x: Tensor, indices: Tensor) -> Tensor:
-    """The values of each row (batch, n) at its indices (batch, m)."""
-    return keras.ops.take_along_axis(x, indices, axis=1)

@@ -137,8 +137,8 @@ def detector_classes_of(source: Source, boxes_per_place: Sequence[int]) -> int:
             continue  # Loading names what is missing.
         if coded.size != 4 * count or logits.size % count:
             raise ValueError(
-                f"aspect_ratios must be those of the file {str(source.path)!r}, which has {coded.size // 4} default "
-                f"boxes in each place of map {number}, got {count}."
+                f"aspect_ratios and reduce_lowest must be those of the file {str(source.path)!r}, which has "
+                f"{coded.size // 4} default boxes in each place of map {number}, got {count}."
             )
         width = logits.size // count
     return width - 1

@@ -78,8 +78,8 @@ def default_boxes(
         float32 (boxes, 4): map by map, row by row, place by place.
 
     Examples:
-        >>> default_boxes((100, 100), [(1, 1)], (0.5, 1.0), [()]).round(1).tolist()
-        [[25.0, 25.0, 75.0, 75.0], [14.6, 14.6, 85.4, 85.4]]
+        >>> default_boxes((100, 100), [(1, 1)], (0.5, 1.0), [()]).round().tolist()
+        [[25.0, 25.0, 75.0, 75.0], [15.0, 15.0, 85.0, 85.0]]
     """
     found = []
     for k, ((rows, columns), ratios) in enumerate(zip(map_sizes, aspect_ratios, strict=True)):

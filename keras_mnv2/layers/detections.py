@@ -134,9 +134,18 @@ class DefaultBoxes(_WithDefaultBoxes, JoinMaps):
         (12, (12, 4))
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("values", None)
-        super().__init__(*args, values=4, **kwargs)
+    def __init__(
+        self,
+        image_size: Sequence[int],
+        map_sizes: Sequence[Sequence[int]],
+        scales: Sequence[float] = SCALES,
+        aspect_ratios: Sequence[Sequence[float]] = ASPECT_RATIOS,
+        reduce_lowest: bool = False,
+        data_format: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        own = {"values": 4, "data_format": data_format}
+        super().__init__(image_size, map_sizes, scales, aspect_ratios, reduce_lowest, **own, **kwargs)
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
@@ -144,6 +153,11 @@ class DefaultBoxes(_WithDefaultBoxes, JoinMaps):
             raise ValueError(
                 f"inputs must have four values for each of {len(self.boxes)} default boxes, got {input_shape}."
             )
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        del config["values"]
+        return config
 
 
 @keras.saving.register_keras_serializable("keras_mnv2")
@@ -187,14 +201,18 @@ class Detections(_WithDefaultBoxes):
 
     def __init__(
         self,
-        *args: Any,
+        image_size: Sequence[int],
+        map_sizes: Sequence[Sequence[int]],
+        scales: Sequence[float] = SCALES,
+        aspect_ratios: Sequence[Sequence[float]] = ASPECT_RATIOS,
+        reduce_lowest: bool = False,
         score_threshold: float = 0.01,
         iou_threshold: float = 0.45,
         candidates: int = 400,
         max_detections: int = 100,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(image_size, map_sizes, scales, aspect_ratios, reduce_lowest, **kwargs)
         self.score_threshold = check_rate("score_threshold", score_threshold)
         self.iou_threshold = check_rate("iou_threshold", iou_threshold)
         self.candidates = check_whole("candidates", candidates, most=10_000)

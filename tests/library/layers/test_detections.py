@@ -4,6 +4,7 @@ import pytest
 
 from keras_mnv2.boxes import encode, overlaps
 from keras_mnv2.layers import DefaultBoxes, Detections, JoinMaps
+from tests.conftest import once
 
 
 def detect(boxes, scores, side=100, **arguments):
@@ -26,6 +27,7 @@ def greedy(boxes, scores, threshold):
     return kept
 
 
+@once
 @pytest.mark.parametrize("threshold", [0.3, 0.6])
 def test_the_greedy_ones_stay(rng, threshold):
     corners = rng.uniform(0, 70, (80, 2))
@@ -42,6 +44,7 @@ def test_the_greedy_ones_stay(rng, threshold):
     assert not found["boxes"][found["classes"] < 0].any()
 
 
+@once
 def test_a_chain_of_boxes():
     # Each overlaps the next one alone, so that every second stays.
     left = np.arange(30) * 2.0

@@ -10,7 +10,7 @@ import pytest
 
 import keras_mnv2
 from keras_mnv2.losses import BoxLoss, ClassLoss
-from tests.conftest import marks, once
+from tests.conftest import marks, once, once_on
 from tests.helpers import relative_difference
 
 SIDE, CLASSES, ALPHA = 96, 3, 0.35
@@ -291,7 +291,7 @@ def test_bad_targets(ours, boxes, classes, match):
         keras_mnv2.TargetEncoder(ours)(boxes, classes)
 
 
-@once
+@once_on("tensorflow")
 def test_files_and_another_number_of_classes(ours, tmp_path, capsys):
     path = tmp_path / "ours.keras"
     ours.save(path)
@@ -364,7 +364,7 @@ def test_it_trains_and_is_saved_compiled(tmp_path):
     assert weighted[0] == 0
 
 
-@once
+@once_on("tensorflow")
 def test_the_papers_sizes():
     # Table 6: 4.3 million parameters and 0.8 billion multiply-adds.
     model = keras_mnv2.SSDLite(weights_backbone=None)
@@ -380,7 +380,7 @@ def test_the_papers_sizes():
     np.testing.assert_allclose(sides, [[0.1, 0.1], [2 * half, half], [half, 2 * half]], atol=1e-6)
 
 
-@once
+@once_on("tensorflow")
 def test_channels_first():
     first = keras_mnv2.SSDLite((3, 64, 96), **SMALL, data_format="channels_first")
     last = keras_mnv2.SSDLite((64, 96, 3), **SMALL)
@@ -456,7 +456,7 @@ def test_detections_leave_as_a_file(ours, images, tmp_path, format, file):
     found = keras_mnv2.load_export(tmp_path / file)(2 * images[:2] - 1)
     shapes = {"boxes": (2, 20, 4), "scores": (2, 20), "classes": (2, 20)}
     assert {name: y.shape for name, y in found.items()} == shapes
-    assert set(np.unique(found["classes"])) == {0, 1, 2}
+    assert {1, 2} <= set(np.unique(found["classes"]))
 
 
 def test_detections_in_8_bits_are_refused(ours, images, tmp_path):

@@ -4,10 +4,11 @@ import keras_mnv2.start
 
 import keras_mnv2.backend  # noqa: F401  It chooses what Keras starts.  isort: skip
 
-from keras_mnv2 import applications, layers
+from keras_mnv2 import applications, layers, losses
 from keras_mnv2.accelerate import Accelerated, accelerate
 from keras_mnv2.classifier import Classifier, load_classifier
 from keras_mnv2.cost import CostProfile, cost_profile
+from keras_mnv2.detection import SSDLite, TargetEncoder, detector
 from keras_mnv2.export import export
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.folders import class_folders
@@ -39,12 +40,15 @@ __all__ = [
     "ExportReport",
     "MobileNetV2",
     "Preprocessing",
+    "SSDLite",
     "SegmentationCheckpoint",
+    "TargetEncoder",
     "accelerate",
     "applications",
     "class_folders",
     "cost_profile",
     "decode_predictions",
+    "detector",
     "evaluation_data",
     "export",
     "fold_batch_norm",
@@ -56,6 +60,7 @@ __all__ = [
     "load_export",
     "load_image",
     "load_weights",
+    "losses",
     "preprocess_input",
     "probabilities",
     "quantize_aware",

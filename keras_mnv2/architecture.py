@@ -40,6 +40,10 @@ HEAD_CHANNELS = 1280
 MOST_FACTOR = 1000
 MOST_BLOCKS = 200
 MOST_CHANNELS = 2**20
+# The authors' SSDLite (`ssd_mobilenet_v2_feature_extractor`, and torchvision's): extra layers at alpha 1, and the least
+# width of one.
+EXTRA_CHANNELS = (512, 256, 256, 128)
+LEAST_EXTRA = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class Row:
 
     Attributes:
         name: the Keras layer's name: `stem`, `block_0`, ..., `head`.
-        kind: `"stem"` (3x3 convolution), `"block"` (inverted residual) or `"head"` (1x1 convolution).
+        kind: `"stem"` (3x3 convolution), `"block"` (inverted residual) or `"head"` (1x1 convolution). Of a detector
+            also `"extra"` (1x1, depthwise 3x3 and 1x1 convolution, each activated) or `"prediction"` (depthwise 3x3
+            and 1x1 convolution, the last one plain with a bias).
         in_channels: channels of the input.
         channels: channels of the output.
         expansion: hidden over input channels (1 for stem and head).
@@ -57,6 +63,8 @@ class Row:
         residual: whether the input is added to the output.
         output_stride: pixels of the image per pixel of the output, along one side.
         endpoint: `stride_S` on the last block of output stride S, otherwise None.
+        source: what it reads where that is not the row before: another row, or a name that `features` of
+            `MobileNetV2` knows.
     """
 
     name: str
@@ -69,6 +77,7 @@ class Row:
     residual: bool
     output_stride: int
     endpoint: str | None = None
+    source: str | None = None
 
     @property
     def hidden_channels(self) -> int:
@@ -188,6 +197,45 @@ def plan(
     head = HEAD_CHANNELS if fix_stem_head else make_divisible(HEAD_CHANNELS * max(1.0, alpha), round_nearest)
     rows.append(Row("head", "head", channels, head, 1, 1, 1, False, current_stride))
     return tuple(rows)
+
+
+def detection_plan(
+    rows: Sequence[Row], alpha: float, boxes: Sequence[int], classes: int
+) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """The rows of SSDLite (paper, section 6.2) behind those of its backbone.
+
+    The first map is the expansion of the block that goes to output stride 32, the second the head. The others are extra
+    layers, each of which halves the sides. Each map has a prediction of boxes and one of classes.
+
+    Args:
+        rows: of `plan`, with output stride 32 and no other stages than the paper's.
+        alpha: width multiplier of the extra layers.
+        boxes: of each place, for each of the six maps.
+        classes: with the background.
+
+    Returns:
+        The extra layers, and the predictions: of the boxes of each map, `box_1` to `box_6`, then of its classes.
+
+    Examples:
+        >>> extras, predictions = detection_plan(plan(), 1.0, [6] * 6, 81)
+        >>> [row.channels for row in extras], predictions[0].source, predictions[-1].channels
+        ([512, 256, 256, 128], 'block_13_expand', 486)
+    """
+    last = next(i for i, row in enumerate(rows) if row.output_stride == 32)
+    maps = [(f"{rows[last].name}_expand", rows[last].hidden_channels, 16), (rows[-1].name, rows[-1].channels, 32)]
+    extras: list[Row] = []
+    for number, channels in enumerate(EXTRA_CHANNELS, 1):
+        _, in_channels, stride = maps[-1]
+        channels = make_divisible(channels * alpha, min_value=LEAST_EXTRA)
+        expansion = channels // 2 / in_channels
+        extras.append(Row(f"extra_{number}", "extra", in_channels, channels, expansion, 2, 1, False, 2 * stride))
+        maps.append((extras[-1].name, channels, 2 * stride))
+    predictions = [
+        Row(f"{name}_{number}", "prediction", channels, count * values, 1, 1, 1, False, stride, None, source)
+        for name, values in (("box", 4), ("class", classes))
+        for number, ((source, channels, stride), count) in enumerate(zip(maps, boxes, strict=True), 1)
+    ]
+    return tuple(extras), tuple(predictions)
 
 
 def _stages(setting: Sequence[Sequence[float]] | None) -> tuple[Stage, ...]:

@@ -14,6 +14,9 @@ from keras_mnv2.layers.compact import ConvNormActivation, kernel_initializer, ma
 from keras_mnv2.layers.parts import Add, Conv2D, DepthwiseConv2D, ReLU, ZeroPadding2D
 from keras_mnv2.ops.padding import spatial_padding
 
+# Of the kernels that predict boxes and classes: the authors' configuration of SSDLite, and torchvision.
+PREDICTION_STDDEV = 0.03
+
 
 def feature_names(rows: Sequence[Row]) -> dict[str, str]:
     """The names that `features` knows, each with the name of the row that gives the tensor.
@@ -247,6 +250,29 @@ def unit(x: Tensor, name: str, filters: int, kernel_size: int = 1, dilation: int
         **common: as for `apply_rows`.
     """
     return _unit(x, Convolution("", filters, kernel_size, 1, dilation, False, True), _names(name, ""), **common)
+
+
+def apply_extra(x: Tensor, row: Row, **common: Any) -> Tensor:
+    """An extra layer of a detector, as layers of one operation each; arguments as for `apply_rows`."""
+    specs = (
+        Convolution("reduce", row.hidden_channels, 1, 1, 1, False, True),
+        Convolution("depthwise", row.hidden_channels, 3, row.stride, 1, True, True),
+        Convolution("project", row.channels, 1, 1, 1, False, True),
+    )
+    for spec in specs:
+        x = _unit(x, spec, _names(row.name, spec.part), **common)
+    return x
+
+
+def apply_prediction(x: Tensor, row: Row, **common: Any) -> Tensor:
+    """A separable prediction of a detector, as layers of one operation each; arguments as for `apply_rows`.
+
+    In mixed precision the last convolution computes in float32, so that the scores and the losses are exact.
+    """
+    spec = Convolution("depthwise", row.in_channels, 3, 1, 1, True, True)
+    x = _unit(x, spec, _names(row.name, spec.part), **common)
+    own = {"data_format": common["data_format"], "dtype": common["dtype"].variable_dtype}
+    return Conv2D(row.channels, 1, kernel_initializer=Normal(PREDICTION_STDDEV), name=f"{row.name}_project", **own)(x)
 
 
 def classify(

@@ -16,7 +16,7 @@ from keras_mnv2.checks import check_choice, check_flag, check_path, check_whole
 from keras_mnv2.files import cleaned_up, folder_beside, move_results
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.formats import converters, graphs, web
-from keras_mnv2.formats.comparison import ExportReport, compare, computes_in_16_bits, size_of
+from keras_mnv2.formats.comparison import ExportReport, compare, computes_in_16_bits, detects, size_of
 from keras_mnv2.formats.graphs import (
     TRACED_SIDE,
     input_name,
@@ -224,6 +224,11 @@ def _check(
     check_choice("io_dtype", io_dtype, IO_DTYPES)
     if io_dtype != IO_DTYPES[0] and format != "litert":
         raise ValueError(f'io_dtype must be left out but for format="litert", got {io_dtype!r} for {format!r}.')
+    if precision in ("int8", "dynamic_int8") and detects(model):
+        raise ValueError(
+            f'precision must be "float32" or "float16" for a model of detections, whose boxes and sorting need real '
+            f"numbers, got {precision!r}; the network of SSDLite alone takes it."
+        )
     quantized = is_quantized(model)
     if quantized and precision == "float16":
         raise ValueError('precision must be "float32" or "int8" for a model of quantize_aware, got \'float16\'.')

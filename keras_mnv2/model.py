@@ -153,7 +153,9 @@ def MobileNetV2(
     sides = _known_sides(input_shape, input_tensor, data_format)
     if weights is None and averaged is not None:
         raise ValueError(f"averaged must be left out where weights is None, got {averaged!r}.")
-    source, settings = _weights(weights, averaged, given, sides, include_top, inverted_residual_setting, round_nearest)
+    source, settings = weights_and_settings(
+        weights, averaged, given, sides, include_top, inverted_residual_setting, round_nearest
+    )
     alpha, padding, norm_epsilon = settings["alpha"], settings["padding"], settings["norm_epsilon"]
     width = source.classes if isinstance(source, Checkpoint) else classes_of(source) if source else 0
     classes = (width or 1000) if classes is None else classes
@@ -229,16 +231,27 @@ def MobileNetV2(
     return model
 
 
-def _weights(
+def weights_and_settings(
     weights: Any,
     averaged: bool | None,
     given: dict[str, Any],
     sides: Shape,
     include_top: bool,
-    setting: Sequence[Sequence[float]] | None,
-    round_nearest: int,
+    setting: Sequence[Sequence[float]] | None = None,
+    round_nearest: int = 8,
 ) -> tuple[Checkpoint | Source | None, dict[str, Any]]:
-    """What to load, a published checkpoint or a file that was read, and the settings that come with it."""
+    """What to load, a published checkpoint or a file that was read, and the settings that come with it.
+
+    Args:
+        weights: as in `MobileNetV2`, or a source that was read.
+        averaged: as in `MobileNetV2`.
+        given: the values of `DEFAULTS` that the caller gave, or None.
+        sides: (height, width) of the image, as far as known.
+        include_top: as in `MobileNetV2`.
+        setting: rows of stages, or None.
+        round_nearest: as in `MobileNetV2`.
+    """
+    given = {**dict.fromkeys(DEFAULTS), **given}
     if weights is None:
         return None, {**DEFAULTS, **_not_none(given)}
     checkpoint: Checkpoint | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -12,19 +11,18 @@ from keras_mnv2.annotations import PathLike, Tensor
 from keras_mnv2.arguments import activation_function, data_format_name, dtype_policy
 from keras_mnv2.build import unit
 from keras_mnv2.checks import check_choice, check_flag, check_rate, check_whole
-from keras_mnv2.cost import MOST_PARAMETERS
+from keras_mnv2.cost import MOST_PARAMETERS, SEGMENTATION_CHANNELS
 from keras_mnv2.initializers import Normal
 from keras_mnv2.layers.parts import Conv2D
 from keras_mnv2.layers.resize import ResizeLike
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.weights.load import load_source
-from keras_mnv2.weights.rename import Array, file_names, head_names
-from keras_mnv2.weights.source import Source, checkpoint_of, read_source, segmentation_classes_of
+from keras_mnv2.weights.rename import file_names, head_names
+from keras_mnv2.weights.source import Source, checkpoint_of, read_source, segmentation_classes_of, without
 from keras_mnv2.weights.table import segmentation_checkpoint
 
-# The authors' DeepLab code (research/deeplab, model.py): widths and rates of the head, and the epsilon of its norms.
-HEAD_CHANNELS = 256
+# The authors' DeepLab code (research/deeplab, model.py): rates of the head, and the epsilon of its norms.
 HEAD_EPSILON = 1e-5
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
 # Of the authors' checkpoint, and of the paper's fastest network (Table 7).
@@ -42,7 +40,7 @@ def DeepLabV3(
     *,
     output_stride: int | None = None,
     aspp: bool | Sequence[int] | None = None,
-    head_channels: int = HEAD_CHANNELS,
+    head_channels: int = SEGMENTATION_CHANNELS,
     dropout: float = 0.1,
     upsample: bool = True,
     averaged: bool | None = None,
@@ -133,8 +131,8 @@ def DeepLabV3(
     if source is not None:
         # A classifier's last convolution, which its file may have, is read by no head of these.
         last = file_names(source.layout, [], True, True, source.arrays)
-        source = _without(source, last)
-        backbone_weights = _without(source, head_names(source.layout, source.arrays))
+        source = without(source, last)
+        backbone_weights = without(source, head_names(source.layout, source.arrays))
 
     backbone = MobileNetV2(
         input_shape,
@@ -200,9 +198,3 @@ def _rates(aspp: Any, output_stride: int) -> tuple[int, ...]:
 def _branches(source: Source) -> bool:
     """Whether a file's head has the dilated branches."""
     return any(key.startswith("aspp1") for key in source.arrays)
-
-
-def _without(source: Source, names: Mapping[str, Array]) -> Source:
-    """The file without arrays of these names, but for those of the stem."""
-    left = {array.key for name, array in names.items() if not name.startswith("stem/")}
-    return replace(source, arrays={key: value for key, value in source.arrays.items() if key not in left})

@@ -10,11 +10,14 @@ from keras_mnv2.annotations import Tensor
 from keras_mnv2.formats import runtimes
 from keras_mnv2.formats.graphs import named
 from keras_mnv2.formats.processes import run_python
+from keras_mnv2.layers.detections import Detections
 from keras_mnv2.rewrite import layers_of
 
 # The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
 # float32, and where weights are rounded to 16 bits up to 0.03 in untrained networks; a wrong one about 1.
 LARGEST_DIFFERENCE = {"float32": 1e-4, "float16": 1e-1}
+# What makes a pixel of a box, a hundredth of a score and a class comparable.
+_SCALES = {"boxes": 1.0, "scores": 100.0, "classes": 1000.0}
 # For integers the mean error, as a share of the outputs' mean deviation from their mean: trained networks show some
 # hundredths, untrained ones up to 0.7, and outputs that say nothing 1 or more.
 LARGEST_MEAN_ERROR = 0.8
@@ -90,6 +93,8 @@ def compare(
         found = dict(zip(sorted(expected), (found[name] for name in sorted(found)), strict=True))
     if {name: y.shape for name, y in found.items()} != {name: y.shape for name, y in expected.items()}:
         raise RuntimeError(f"The export has the outputs {_shapes(found)}, the model {_shapes(expected)}.")
+    if detects(model):
+        found = _in_order(expected, found)
     errors = {name: np.abs(expected[name].astype("float64") - found[name]) for name in expected}
     largest = max(float(error.max()) for error in errors.values())
     mean = float(np.concatenate([error.ravel() for error in errors.values()]).mean())
@@ -118,6 +123,32 @@ def compare(
         pairs = list(zip(first.values(), (reference[name] for name in sorted(reference)), strict=True))
         other = max(float(np.abs(y.astype("float64") - z).max()) for y, z in pairs)
     return ExportReport(path, format, precision, len(images), largest, mean, agreement, size_of(target.parent), other)
+
+
+def detects(model: keras.Model) -> bool:
+    """Whether the model's outputs are lists of detections."""
+    return any(isinstance(layer, Detections) for layer in layers_of(model))
+
+
+def _in_order(expected: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a file found, each detection in the place of the expected one that is nearest to it.
+
+    Scores that are equal but for rounding may stand in another order.
+    """
+    ordered = dict(found)
+    for number in {name.partition("/")[0] for name in expected}:
+        names = {f"{number}/{key}": scale for key, scale in _SCALES.items()}
+        rows = [
+            np.concatenate([scale * np.atleast_3d(of[name].astype("float64")) for name, scale in names.items()], axis=2)
+            for of in (expected, found)
+        ]
+        for name in names:
+            ordered[name] = found[name].copy()
+        for i, (mine, others) in enumerate(zip(*rows, strict=True)):
+            nearest = [int(np.abs(others - row).max(axis=1).argmin()) for row in mine]
+            for name in names:
+                ordered[name][i] = found[name][i][nearest]
+    return ordered
 
 
 def computes_in_16_bits(model: keras.Model) -> bool:

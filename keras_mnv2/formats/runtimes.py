@@ -132,7 +132,8 @@ def _litert(path: Path, reference: bool = False) -> Loaded:
 
 
 def _real(value: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
-    if not np.issubdtype(value.dtype, np.integer):
+    # Without a scale they are numbers that were whole before, such as classes.
+    if not np.issubdtype(value.dtype, np.integer) or not scale:
         return value
     return (value.astype("float32") - zero_point) * np.float32(scale)
 

@@ -5,6 +5,7 @@ layer is `InvertedResidual` (`compact`), of three `ConvNormActivation`.
 """
 
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
+from keras_mnv2.layers.detections import DefaultBoxes, Detections, JoinMaps
 from keras_mnv2.layers.parts import Add, BatchNormalization, Conv2D, DepthwiseConv2D, ReLU, ZeroPadding2D
 from keras_mnv2.layers.resize import ResizeLike
 
@@ -13,8 +14,11 @@ __all__ = [
     "BatchNormalization",
     "Conv2D",
     "ConvNormActivation",
+    "DefaultBoxes",
     "DepthwiseConv2D",
+    "Detections",
     "InvertedResidual",
+    "JoinMaps",
     "ReLU",
     "ResizeLike",
     "ScaleShift",

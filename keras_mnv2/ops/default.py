@@ -291,3 +291,8 @@ def resize(x: Tensor, size: Sequence[Any], data_format: str) -> Tensor:
         data_format: of `x`.
     """
     return ops.image.resize(x, tuple(size), interpolation="bilinear", data_format=data_format)
+
+
+def take_of_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """Of each row of `x` (batch, n) the values at its indices (batch, m), int32: (batch, m)."""
+    return ops.take_along_axis(x, indices, axis=1)

@@ -98,6 +98,11 @@ def resize(x: Tensor, size: Sequence[Any], data_format: str) -> Tensor:
     return tf.cast(tf.image.resize(x, size), x.dtype)
 
 
+def take_of_rows(x: Tensor, indices: Tensor) -> Tensor:
+    """See `keras_mnv2.ops.default.take_of_rows`. Keras's own (3.15) takes a dozen operations for it."""
+    return tf.gather(x, indices, batch_dims=1)
+
+
 def _padded(x: Tensor, kernel: Tensor, stride: int, padding: Padding) -> tuple[Tensor, str]:
     # Explicit paddings would save the copy, but the depthwise kernel aborts the process on them (2.21).
     if padding == "same":

@@ -93,6 +93,11 @@ def versions(call: Any) -> int:
     return total
 
 
+def take_of_rows(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """See `keras_mnv2.ops.default.take_of_rows`. Keras's own (3.15) fixes the batch size in exported programs."""
+    return torch.gather(x, 1, indices.long())
+
+
 def _has_own_values(layer: Any) -> bool:
     """Whether a layer's variables have their own values: inside of `keras.StatelessScope` they may have others."""
     cache = layer.cache

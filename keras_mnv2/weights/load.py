@@ -16,14 +16,29 @@ from keras_mnv2.arguments import check_model
 from keras_mnv2.checks import check_choice, check_flag, check_path
 from keras_mnv2.files import folder_beside
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual
-from keras_mnv2.weights.rename import LAYOUTS, Block, file_names, from_keras, head_names, later_blocks, to_keras
+from keras_mnv2.weights.rename import (
+    LAYOUTS,
+    Block,
+    detector_names,
+    file_names,
+    from_keras,
+    head_names,
+    later_blocks,
+    to_keras,
+)
 from keras_mnv2.weights.source import Source, checkpoint_of, read_source
 
 # The layouts that `save_weights` writes.
 WRITTEN = ("torchvision", "timm", "transformers", "sequential", "keras")
 KEEP = "skip_classifier=True keeps the model's own"
-# Of a classifier and of a segmentation network.
-_CLASSIFIER = ("predictions/kernel", "predictions/bias", "logits/kernel", "logits/bias")
+# Of a classifier, of a segmentation network and of a detector.
+_CLASSIFIER = tuple(
+    f"{layer}/{variable}"
+    for layer in ("predictions", "logits", *(f"class_{number}/project" for number in range(1, 7)))
+    for variable in ("kernel", "bias")
+)
+# The convolutions of a detector without a batch norm.
+_DETECTOR_BIASES = {f"{kind}_{number}/project/bias" for kind in ("box", "class") for number in range(1, 7)}
 # The layers of stem and head in a model of one layer each operation.
 _ENDS = {
     "Conv1": "stem",
@@ -88,7 +103,7 @@ def load_source(model: keras.Model, source: Source, skip_classifier: bool = Fals
     later = [] if "head/kernel" in variables else later_blocks(source.layout, source.arrays, len(blocks))
     names = file_names(source.layout, [*blocks, *later], True, True, source.arrays)
     told = f"The file {str(source.path)!r} ({source.layout.name} layout) does not fit the model"
-    names |= head_names(source.layout, source.arrays)
+    names |= head_names(source.layout, source.arrays) | detector_names(source.layout, source.arrays)
     if strange := sorted(variables.keys() - names.keys()):
         raise ValueError(f"{told}: it has no {_some(strange)}.")
 
@@ -212,7 +227,9 @@ def _own_name(layer_name: str) -> str:
         return _ENDS[layer_name]
     if (match := re.fullmatch(r"(image_pooling|aspp\d|projection)_BN", layer_name)) is not None:
         return f"{match[1]}/norm"
-    match = re.fullmatch(r"(expanded_conv|block_\d+)_(expand|depthwise|project)(_BN|_norm)?", layer_name)
+    match = re.fullmatch(
+        r"(expanded_conv|block_\d+|extra_\d|box_\d|class_\d)_(expand|reduce|depthwise|project)(_BN|_norm)?", layer_name
+    )
     if match is None:
         return layer_name
     block = "block_0" if match[1] == "expanded_conv" else match[1]
@@ -226,7 +243,7 @@ def _blocks(model: keras.Model) -> list[Block]:
     for layer in model.layers:
         if isinstance(layer, InvertedResidual):
             found[layer.name] = (layer.residual, layer.expand is not None)
-        elif match := re.fullmatch(r"(.*)_depthwise", layer.name):
+        elif match := re.fullmatch(r"(expanded_conv|block_\d+)_depthwise", layer.name):
             found[match[1]] = (f"{match[1]}_add" in names, f"{match[1]}_expand" in names)
     blocks: list[Block] = []
     for residual, expanded in found.values():
@@ -239,7 +256,7 @@ def _blocks(model: keras.Model) -> list[Block]:
 def _known(variables: Mapping[str, Any]) -> bool:
     """Whether these are the variables of a network with batch norms, or with group norms, in each place."""
     kernels = [name.removesuffix("/kernel") for name in variables if name.endswith("/kernel")]
-    tops = {"predictions", "logits"} & set(kernels)
+    tops = {name for name in kernels if name in ("predictions", "logits") or f"{name}/bias" in _DETECTOR_BIASES}
     top = {f"{name}/bias" for name in tops}
     top |= {f"{name}/kernel" for name in kernels}
     for own in (("gamma", "beta", "moving_mean", "moving_variance"), ("gamma", "beta")):

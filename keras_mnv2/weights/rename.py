@@ -324,6 +324,38 @@ def head_names(layout: Layout, keys: Collection[str] | None = None) -> dict[str,
     return names
 
 
+# What only files with `SSDLite`'s predictions have.
+_DETECTOR_MARK = "box_1_project/kernel"
+_DETECTOR_PARTS = {
+    "extra": (4, {"reduce": "conv", "depthwise": "depthwise", "project": "conv"}),
+    "box": (6, {"depthwise": "depthwise", "project": "conv"}),
+    "class": (6, {"depthwise": "depthwise", "project": "conv"}),
+}
+
+
+def detector_names(layout: Layout, keys: Collection[str]) -> dict[str, Array]:
+    """The arrays of `SSDLite` behind its backbone, by this package's names of the variables; none where there are none.
+
+    Args:
+        layout: of `LAYOUTS`; only Keras's has a place for them.
+        keys: of the file to be read.
+    """
+    names: dict[str, Array] = {}
+    if layout.name != "keras" or _DETECTOR_MARK not in keys:
+        return names
+    for kind, (count, parts) in _DETECTOR_PARTS.items():
+        for number in range(1, count + 1):
+            for part, role in parts.items():
+                name = f"{kind}_{number}"
+                names[f"{name}/{part}/kernel"] = Array(f"{name}_{part}/kernel", role)
+                if kind != "extra" and part == "project":
+                    names[f"{name}/{part}/bias"] = Array(f"{name}_{part}/bias", "vector")
+                    continue
+                for variable in _NORM:
+                    names[f"{name}/{part}/norm/{variable}"] = Array(f"{name}_{part}_BN/{variable}", "vector")
+    return names
+
+
 def later_blocks(layout: Layout, keys: Collection[str], first: int) -> list[Block]:
     """The blocks of a file from number `first` on, for a network that ends before them."""
     found = {tuple(map(int, match.groups())) for key in keys if (match := re.match(layout.block, key))}

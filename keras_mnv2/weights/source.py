@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,16 @@ import numpy as np
 from keras_mnv2.annotations import PathLike
 from keras_mnv2.weights.fetch import fetch
 from keras_mnv2.weights.read import read_arrays
-from keras_mnv2.weights.rename import LAYOUTS, Layout, file_names, find_networks, head_names, later_blocks
+from keras_mnv2.weights.rename import (
+    LAYOUTS,
+    Array,
+    Layout,
+    detector_names,
+    file_names,
+    find_networks,
+    head_names,
+    later_blocks,
+)
 from keras_mnv2.weights.table import CHECKPOINTS, Checkpoint, SegmentationCheckpoint, find_checkpoint
 
 HUB = "https://huggingface.co/"
@@ -108,6 +117,39 @@ def segmentation_classes_of(source: Source) -> int:
     return source.arrays[names["logits/bias"].key].size if names else 0
 
 
+def detector_classes_of(source: Source, boxes_per_place: Sequence[int]) -> int:
+    """The classes of a file's `SSDLite` without the background, or 0 where it is none.
+
+    Args:
+        source: the file.
+        boxes_per_place: default boxes of each place of each map, by which the file's widths are divided.
+
+    Raises:
+        ValueError: where the file has another number of default boxes.
+    """
+    names = detector_names(source.layout, source.arrays)
+    if not names:
+        return 0
+    width = 0
+    for number, count in enumerate(boxes_per_place, 1):
+        coded, logits = (source.arrays.get(names[f"{kind}_{number}/project/bias"].key) for kind in ("box", "class"))
+        if coded is None or logits is None:
+            continue  # Loading names what is missing.
+        if coded.size != 4 * count or logits.size % count:
+            raise ValueError(
+                f"aspect_ratios and reduce_lowest must be those of the file {str(source.path)!r}, which has "
+                f"{coded.size // 4} default boxes in each place of map {number}, got {count}."
+            )
+        width = logits.size // count
+    return width - 1
+
+
+def without(source: Source, names: Mapping[str, Array]) -> Source:
+    """The file without arrays of these names, but for those of the stem."""
+    left = {array.key for name, array in names.items() if not name.startswith("stem/")}
+    return replace(source, arrays={key: value for key, value in source.arrays.items() if key not in left})
+
+
 def check_channels(source: Source | Checkpoint, channels: int) -> None:
     """Raises `ValueError` unless images of so many channels are what the weights were trained on."""
     if isinstance(source, Checkpoint):
@@ -162,7 +204,8 @@ def _quoted(prefixes: Sequence[str]) -> str:
 
 def _own(layout: Layout, keys: Collection[str]) -> set[str]:
     """Those of the keys whose layer is one of the network's own."""
-    names = file_names(layout, later_blocks(layout, keys, 0), True, True, keys) | head_names(layout, keys)
+    names = file_names(layout, later_blocks(layout, keys, 0), True, True, keys)
+    names |= head_names(layout, keys) | detector_names(layout, keys)
     units = {_unit(array.key) for array in names.values()}
     return {key for key in keys if _unit(key) in units or re.match(layout.block, key)}
 

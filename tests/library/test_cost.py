@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 import keras_mnv2
+from tests.conftest import once
 
 
 def trainable(model):
@@ -68,9 +69,51 @@ def test_multiply_adds_grow_with_the_pixels():
     assert large.multiply_adds == 4 * small.multiply_adds
 
 
+def test_the_papers_numbers_of_detection_and_segmentation():
+    def numbers(side, classes, network, **arguments):
+        profile = keras_mnv2.cost_profile((side, side, 3), classes, network=network, print_fn=None, **arguments)
+        return round(profile.parameters / 1e6, 2), round(profile.multiply_adds / 1e9, 2)
+
+    # Table 6: 4.3 million and 0.8 billion. Table 7: 2.11 and 2.75, with the dilated branches 4.52 and 5.8.
+    assert numbers(320, 80, "SSDLite") == (4.34, 0.79)
+    assert numbers(513, 21, "DeepLabV3", output_stride=16) == (2.11, 2.74)
+    assert numbers(513, 21, "DeepLabV3", output_stride=16, aspp=True) == (4.52, 5.36)
+
+
+@once
+@pytest.mark.parametrize("reduce_lowest", [True, False])
+def test_a_detector_costs_what_is_built(reduce_lowest):
+    own = {"alpha": 0.5, "reduce_lowest": reduce_lowest}
+    profile = keras_mnv2.cost_profile((64, 96, 3), 7, network="SSDLite", print_fn=None, **own)
+    model = keras_mnv2.SSDLite((64, 96, 3), classes=7, weights_backbone=None, **own)
+    assert profile.parameters == trainable(model)
+    assert profile.parameters + profile.statistics == model.count_params()
+    shapes = {row.name: row.output_shape for row in profile.rows}
+    for name in ("extra_1", "extra_4", "box_1", "class_2", "class_6"):
+        assert model.get_layer(f"{name}_project").output.shape[1:] == shapes[name]
+
+
+@once
+@pytest.mark.parametrize("aspp", [True, False])
+def test_a_segmentation_network_costs_what_is_built(aspp):
+    own = {"alpha": 0.5, "output_stride": 16, "aspp": aspp}
+    profile = keras_mnv2.cost_profile((65, 97, 3), 7, network="DeepLabV3", print_fn=None, **own)
+    model = keras_mnv2.DeepLabV3((65, 97, 3), classes=7, weights_backbone=None, upsample=False, **own)
+    assert profile.parameters == trainable(model)
+    assert profile.parameters + profile.statistics == model.count_params()
+    assert model.output_shape[1:] == profile.rows[-1].output_shape
+
+
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("input_shape", (16, 64, 3)), ("input_shape", (64, 64)), ("classes", 0), ("alpha", 0), ("bytes_per_value", 0)],
+    [
+        ("input_shape", (16, 64, 3)),
+        ("input_shape", (64, 64)),
+        ("classes", 0),
+        ("alpha", 0),
+        ("bytes_per_value", 0),
+        ("network", "SSD"),
+    ],
 )
 def test_a_bad_argument_is_named(argument, value):
     with pytest.raises(ValueError, match=argument):

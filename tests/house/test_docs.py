@@ -169,6 +169,28 @@ def test_the_code_about_weights(published, folder, capsys):
     assert (batch.shape, batch.dtype.name) == ((2, 224, 224, 3), "uint8")
 
 
+def test_the_code_of_each_page_is_run():
+    # By the functions below.
+    run = set(re.findall(r'run_page\("(.*?)"', Path(__file__).read_text())) | {EXPORT}
+    assert run == {page for page in PAGES if code_of(page)}
+
+
+@once
+def test_the_code_about_segmentation(folder, capsys):
+    run_page("docs/segmentation.md")
+    assert capsys.readouterr().out.splitlines()[-1] == "(4, 65, 97)"
+
+
+@once
+def test_the_code_about_detection(folder, capsys):
+    # The network finds hardly anything after one epoch: what it gives are the same boxes.
+    names = run_page("docs/detection.md")
+    found, again = names["found"], names["run"](names["images"])
+    assert found["boxes"].shape == (4, 10, 4)
+    np.testing.assert_allclose(np.sort(again["scores"]), np.sort(found["scores"]), atol=1e-4)
+    assert "{'boxes': (1, 10, 4), 'classes': (1, 10), 'scores': (1, 10)}" in capsys.readouterr().out
+
+
 @once
 def test_the_code_about_export(decided, folder):
     model, images = decided

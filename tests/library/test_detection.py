@@ -443,7 +443,8 @@ def test_what_is_no_detector_is_refused(tmp_path):
     ("format", "file"),
     [
         pytest.param("litert", "model.tflite", marks=marks("tensorflow")),
-        pytest.param("onnx", "model.onnx", marks=marks("torch")),
+        # That of the page of detection is run by `test_docs.py`.
+        pytest.param("onnx", "model.onnx", marks=pytest.mark.slow),
         pytest.param("tf_saved_model", "model", marks=pytest.mark.slow),
         pytest.param("openvino", "model.xml", marks=pytest.mark.slow),
         pytest.param("torch", "model.pt2", marks=pytest.mark.slow),

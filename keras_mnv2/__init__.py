@@ -5,14 +5,13 @@ import keras_mnv2.start
 import keras_mnv2.backend  # noqa: F401  It chooses what Keras starts.  isort: skip
 
 from keras_mnv2 import applications, layers, losses
-from keras_mnv2.accelerate import Accelerated, accelerate
 from keras_mnv2.classifier import Classifier, load_classifier
 from keras_mnv2.cost import CostProfile, cost_profile
-from keras_mnv2.detection import SSDLite, TargetEncoder, detector
-from keras_mnv2.export import export
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.folders import class_folders
+from keras_mnv2.formats.accelerate import Accelerated, accelerate
 from keras_mnv2.formats.comparison import ExportReport
+from keras_mnv2.formats.export import export
 from keras_mnv2.formats.runtimes import load_export
 from keras_mnv2.freeze import freeze, unfreeze
 from keras_mnv2.model import MobileNetV2
@@ -25,8 +24,9 @@ from keras_mnv2.preprocessing import (
     resize_and_crop,
 )
 from keras_mnv2.quantize import quantize_aware
-from keras_mnv2.segmentation import DeepLabV3
 from keras_mnv2.stock import from_keras
+from keras_mnv2.tasks.detection import SSDLite, TargetEncoder, detector
+from keras_mnv2.tasks.segmentation import DeepLabV3
 from keras_mnv2.weights.load import load_weights, save_weights
 from keras_mnv2.weights.table import Checkpoint, Preprocessing, SegmentationCheckpoint, list_weights
 

@@ -20,8 +20,8 @@ import numpy as np
 from keras_mnv2.checks import check_whole
 from keras_mnv2.classifier import IMAGENET, SCALES, Classifier, load_classifier, load_model
 from keras_mnv2.cost import cost_profile
-from keras_mnv2.export import FORMATS, IO_DTYPES, LAYOUTS, PRECISIONS, export
 from keras_mnv2.folders import SUFFIXES, images_below
+from keras_mnv2.formats.export import FORMATS, IO_DTYPES, LAYOUTS, PRECISIONS, export
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.photographs import evaluation_data
 from keras_mnv2.preprocessing import SIDE, imagenet_labels, preprocessing_of, probabilities, scales_pixels

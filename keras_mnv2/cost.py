@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_mnv2.architecture import Row, detection_plan, plan
-from keras_mnv2.boxes import ASPECT_RATIOS, boxes_per_place
 from keras_mnv2.checks import check_choice, check_flag, check_whole
 from keras_mnv2.ops.padding import output_size
 from keras_mnv2.tables import in_columns
+from keras_mnv2.tasks.boxes import ASPECT_RATIOS, boxes_per_place
 
 # 1 GiB in float32, 38 times width 1.4: more is a slip of the hand, which would end in a MemoryError.
 MOST_PARAMETERS = 2**28

@@ -1,1 +1,1 @@
-"""The steps of an export: a graph of the model, its conversion, and its run in the format's own runtime."""
+"""Models as files for other runtimes: the export, its steps, and predictions by these runtimes."""

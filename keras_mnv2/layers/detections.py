@@ -9,10 +9,10 @@ import numpy as np
 
 from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.arguments import data_format_name
-from keras_mnv2.boxes import ASPECT_RATIOS, CODE_WEIGHTS, SCALES, check_shapes, check_sides, default_boxes
 from keras_mnv2.checks import check_flag, check_rate, check_whole
 from keras_mnv2.layers.fusing import Simple
 from keras_mnv2.ops import take_of_rows
+from keras_mnv2.tasks.boxes import ASPECT_RATIOS, CODE_WEIGHTS, SCALES, check_shapes, check_sides, default_boxes
 
 # The largest factor of a side, 62.5, as in torchvision and Detectron: `exp` must not overflow.
 MOST_LOGARITHM = math.log(1000 / 16)
@@ -72,7 +72,7 @@ class JoinMaps(Simple):
 
 
 class _WithDefaultBoxes(keras.layers.Layer):
-    """What a layer is told of the default boxes; arguments as for `keras_mnv2.boxes.default_boxes`."""
+    """What a layer is told of the default boxes; arguments as for `keras_mnv2.tasks.boxes.default_boxes`."""
 
     def __init__(
         self,

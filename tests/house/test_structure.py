@@ -26,7 +26,8 @@ LEVELS = {
     "initializers": 1,
     "ops.padding": 0,
     "architecture": 1,
-    "boxes": 1,
+    "tasks": 0,
+    "tasks.boxes": 1,
     "losses": 1,
     "ops.default": 1,
     "ops.torch_block": 1,
@@ -70,8 +71,8 @@ LEVELS = {
     "stock": 8,
     "weights.load": 8,
     "model": 9,
-    "segmentation": 10,
-    "detection": 10,
+    "tasks.segmentation": 10,
+    "tasks.detection": 10,
     "formats": 0,
     "formats.converters": 0,
     "formats.onnx_file": 0,
@@ -87,8 +88,8 @@ LEVELS = {
     "formats.web": 0,
     "formats.comparison": 8,
     "formats.images": 8,
-    "export": 9,
-    "accelerate": 10,
+    "formats.export": 9,
+    "formats.accelerate": 10,
     "classifier": 10,
     "cli": 11,
     "__main__": 12,
@@ -190,7 +191,9 @@ def test_the_pages_tables_are_the_levels():
     library, _, training = (ROOT / "docs" / "architecture.md").read_text().partition("## Training")
     # Packages without content have no row, and the front page of all is `__init__.py`.
     expected = {name or "__init__": level for name, level in LEVELS.items()}
-    assert levels_of(library) == {n: f for n, f in expected.items() if n not in ("__main__", "weights", "formats")}
+    assert levels_of(library) == {
+        n: f for n, f in expected.items() if n not in ("__main__", "weights", "formats", "tasks")
+    }
     assert levels_of(training) == {name: level for name, level in ROOMS.items() if name}
 
 
@@ -237,7 +240,7 @@ def test_the_public_names():
 
 
 # Their examples start processes: one fewer on the backend that writes the graph.
-EXPORTING = {"accelerate": "torch", "export": "tensorflow", "formats.runtimes": "tensorflow"}
+EXPORTING = {"formats.accelerate": "torch", "formats.export": "tensorflow", "formats.runtimes": "tensorflow"}
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Tests of `keras_mnv2.export` and `keras_mnv2.formats`."""
+"""Tests of `keras_mnv2.formats`."""

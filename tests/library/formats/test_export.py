@@ -13,6 +13,7 @@ import pytest
 
 import keras_mnv2
 from keras_mnv2.files import move_results
+from keras_mnv2.formats import export
 from tests.conftest import once, once_on
 from tests.exports import FORMATS, LABELS, marks_of, small
 from tests.helpers import note
@@ -343,7 +344,7 @@ def test_a_missing_package_is_one_sentence_with_the_pip_line(format, missing, pi
 def test_every_extra_that_an_error_names_exists():
     metadata = importlib.metadata.metadata("keras_mnv2")
     extras = set(metadata.get_all("Provides-Extra"))
-    formats = sys.modules["keras_mnv2.export"].FORMATS.values()
+    formats = export.FORMATS.values()
     assert {how.extra for how in formats if how.packages} <= extras
 
 

@@ -2,8 +2,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_mnv2.boxes import encode, overlaps
 from keras_mnv2.layers import DefaultBoxes, Detections, JoinMaps
+from keras_mnv2.tasks.boxes import encode, overlaps
 from tests.conftest import once
 
 

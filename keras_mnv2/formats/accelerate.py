@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_mnv2.checks import check_choice, check_whole
-from keras_mnv2.export import FORMATS, export, missing_packages
+from keras_mnv2.formats.export import FORMATS, export, missing_packages
 from keras_mnv2.formats.graphs import output_names
 from keras_mnv2.formats.runtimes import Run, load_export
 

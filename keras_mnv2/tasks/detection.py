@@ -11,7 +11,6 @@ import numpy as np
 from keras_mnv2.annotations import PathLike
 from keras_mnv2.architecture import detection_plan, plan
 from keras_mnv2.arguments import check_graph, data_format_name, dtype_policy
-from keras_mnv2.boxes import ASPECT_RATIOS, SCALES, boxes_per_place, check_shapes, encode, match
 from keras_mnv2.build import apply_extra, apply_prediction
 from keras_mnv2.checks import check_flag, check_number, check_whole
 from keras_mnv2.cost import MOST_PARAMETERS, check_size
@@ -19,6 +18,7 @@ from keras_mnv2.layers.detections import DefaultBoxes, Detections, JoinMaps
 from keras_mnv2.model import MobileNetV2, weights_and_settings
 from keras_mnv2.network import MobileNetV2Model
 from keras_mnv2.rewrite import layers_of, same_input
+from keras_mnv2.tasks.boxes import ASPECT_RATIOS, SCALES, boxes_per_place, check_shapes, encode, match
 from keras_mnv2.weights.load import load_source
 from keras_mnv2.weights.rename import detector_names
 from keras_mnv2.weights.source import checkpoint_of, detector_classes_of, read_source, without

@@ -1,0 +1,1 @@
+"""What the network is for besides classification: segmentation and detection, with what they need beyond its layers."""

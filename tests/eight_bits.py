@@ -45,7 +45,8 @@ def main() -> int:
         return 0
     file = options.out / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    steps = [("train", BACKENDS[0]), *((step, backend) for step in ("convert", "aware") for backend in BACKENDS)]
+    steps = [("head", BACKENDS[0]), ("train", BACKENDS[0])]
+    steps += [(step, backend) for step in ("convert", "aware") for backend in BACKENDS]
     for step, backend in steps:
         if f"{step} {backend}" in results:
             continue
@@ -85,11 +86,10 @@ def photographs(options: Any, split: str) -> tuple[Any, Any]:
     return np.load(file, mmap_mode="r"), np.asarray(labels)[chosen]
 
 
-def _calibration(options: Any) -> Any:
-    """Photographs of the training part, without a margin."""
-    edge = options.size // 14
-    pixels, _ = photographs(options, "train")
-    return pixels[:CALIBRATION, edge : edge + options.size, edge : edge + options.size].astype("float32")
+def _centre(options: Any, pixels: Any) -> Any:
+    """Training photographs without the margin."""
+    edge = (pixels.shape[1] - options.size) // 2
+    return pixels[:, edge : edge + options.size, edge : edge + options.size]
 
 
 def _changed(options: Any, seed: int) -> Any:
@@ -132,8 +132,8 @@ def _fit(options: Any, model: Any, rate: float, epochs: int, seed: int) -> None:
     model.fit(data, epochs=epochs, shuffle=False, verbose=2)
 
 
-def train(options: Any, backend: str) -> dict[str, Any]:
-    """A classifier on the backbone's features, then all layers in float, with the batch norms' statistics kept."""
+def head(options: Any, backend: str) -> dict[str, Any]:
+    """A classifier on the backbone's features."""
     import keras
 
     import keras_mnv2
@@ -144,20 +144,28 @@ def train(options: Any, backend: str) -> dict[str, Any]:
         shape, weights=options.weights, include_top=False, pooling="avg", include_preprocessing=True
     )
     pixels, labels = photographs(options, "train")
-    edge = options.size // 14
-    fast = keras_mnv2.fold_batch_norm(backbone)
-    features = fast.predict(pixels[:, edge : edge + options.size, edge : edge + options.size], verbose=0)
-    head = keras.layers.Dense(int(labels.max()) + 1, activation="softmax", name="predictions")
+    features = keras_mnv2.fold_batch_norm(backbone).predict(_centre(options, pixels), verbose=0)
     dropout = keras.layers.Dropout(0.5, seed=0)
-    top = keras.Sequential([dropout, head])
+    dense = keras.layers.Dense(int(labels.max()) + 1, activation="softmax", name="predictions")
+    top = keras.Sequential([dropout, dense])
     top.compile(keras.optimizers.AdamW(1e-3, weight_decay=0.5), "sparse_categorical_crossentropy")
     top.fit(features, labels, epochs=50, verbose=0)
-    model = keras.Model(backbone.input, head(dropout(backbone.output)))
+    model = keras.Model(backbone.input, dense(dropout(backbone.output)))
+    model.save(options.out / "head.keras")
+    return {"head": _accuracies(options, lambda x: model.predict(x, verbose=0))}
+
+
+def train(options: Any, backend: str) -> dict[str, Any]:
+    """All layers in float; the batch norms keep their statistics."""
+    import keras
+
+    import keras_mnv2
+
+    model = keras.models.load_model(options.out / "head.keras", compile=False)
     keras_mnv2.freeze(model, before="stem", verbose=False)
-    before = _accuracies(options, lambda x: model.predict(x, verbose=0))
     _fit(options, model, 1e-4, options.epochs, seed=1)
     model.save(options.out / "float.keras")
-    return {"head": before, "float": _accuracies(options, lambda x: model.predict(x, verbose=0))}
+    return {"float": _accuracies(options, lambda x: model.predict(x, verbose=0))}
 
 
 def convert(options: Any, backend: str) -> dict[str, Any]:
@@ -167,8 +175,10 @@ def convert(options: Any, backend: str) -> dict[str, Any]:
     import keras_mnv2  # noqa: F401
 
     model = keras.models.load_model(options.out / "float.keras", compile=False)
+    pixels, _ = photographs(options, "train")
+    calibration = _centre(options, pixels[:CALIBRATION]).astype("float32")
     found = _exported(options, model, backend, "float32")
-    return found | _exported(options, model, backend, "int8", calibration=_calibration(options))
+    return found | _exported(options, model, backend, "int8", calibration=calibration)
 
 
 def aware(options: Any, backend: str) -> dict[str, Any]:
@@ -213,7 +223,7 @@ def _accuracies(options: Any, run: Any) -> dict[str, float]:
     return found
 
 
-_STEPS = {"train": train, "convert": convert, "aware": aware}
+_STEPS = {"head": head, "train": train, "convert": convert, "aware": aware}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ mean of, and corrects no bias. Here ranges and biases are found as for 8-bit ONN
 """
 
 import copy
+import os
 from typing import Any
 
 import numpy as np
@@ -60,23 +61,20 @@ def round_by_images(content: bytes, reference: bytes, images: np.ndarray) -> byt
         for name, here, there in triples
         if name in _RANGED and int(here.outputs[0]) in free
     }
-    weighted = [
-        (name, here, there)
-        for name, here, there in triples
-        if name in _WEIGHTED and len(here.inputs) > 2 and _weights(exact, there) is not None
-    ]
-    lost = {_add_twin(exact, name, there): there for name, _, there in weighted}
-    ranges, means = _run(exact, list(ranged), list(lost), images)
-    moved = {id(there): means[number] for number, there in lost.items()}
+    weighted = []
+    for name, here, there in triples:
+        if name in _WEIGHTED and (weights := _weights(exact, there)) is not None:
+            whole = len(graph.tensors[here.inputs[1]].quantization.scale) == 1
+            weighted.append((name, here, *weights, whole, _add_twin(exact, name, there, *weights, whole)))
+    ranges, lost = _run(exact, list(ranged), [number for *_, number in weighted], images)
     for number, (low, high) in ranges.items():
         _set_range(graph.tensors[ranged[number]], low, high)
     for name, here, _ in triples:
         if name in _MOVING and int(here.outputs[0]) in free:
             source = graph.tensors[here.inputs[0]].quantization
             graph.tensors[here.outputs[0]].quantization = copy.deepcopy(source)
-    for name, here, there in weighted:
-        kernel, bias = _weights(exact, there)
-        _set_weights(model, name, here, kernel, bias + moved[id(there)])
+    for name, here, kernel, bias, whole, number in weighted:
+        _set_weights(model, name, here, kernel, bias + lost[number], whole)
     drop_unused(model)
     return file_of(model)
 
@@ -111,7 +109,7 @@ def _weights(model: Any, operator: Any) -> tuple[np.ndarray, np.ndarray] | None:
     return None if kernel is None or bias is None else (kernel, bias)
 
 
-def _steps(name: str, kernel: np.ndarray, whole: bool = False) -> tuple[np.ndarray, tuple[int, ...]]:
+def _steps(name: str, kernel: np.ndarray, whole: bool) -> tuple[np.ndarray, tuple[int, ...]]:
     """The step of each output channel, and the shape of these that fits the kernel."""
     axis = kernel.ndim - 1 if name == "DEPTHWISE_CONV_2D" else 0
     others = None if whole else tuple(i for i in range(kernel.ndim) if i != axis)
@@ -119,15 +117,12 @@ def _steps(name: str, kernel: np.ndarray, whole: bool = False) -> tuple[np.ndarr
     return steps, tuple(-1 if i == axis and not whole else 1 for i in range(kernel.ndim))
 
 
-def _add_twin(exact: Any, name: str, operator: Any) -> int:
+def _add_twin(exact: Any, name: str, operator: Any, kernel: np.ndarray, bias: np.ndarray, whole: bool) -> int:
     """Puts an operator beside another that computes what rounding takes from its sum; the number of its output."""
     from ai_edge_litert import schema_py_generated as schema
 
     graph = exact.subgraphs[0]
-    weights = _weights(exact, operator)
-    assert weights is not None
-    kernel, bias = weights
-    steps, shape = _steps(name, kernel)
+    steps, shape = _steps(name, kernel, whole)
     steps = steps.reshape(shape)
     constants = [
         add_tensor(exact, "lost", array.shape, schema.TensorType.FLOAT32, None, None, array.astype("float32").tobytes())
@@ -152,7 +147,7 @@ def _run(
 
     graph = exact.subgraphs[0]
     graph.outputs = np.array([*graph.outputs, *ranged, *lost], "int32")
-    interpreter = Interpreter(model_content=file_of(exact))
+    interpreter = Interpreter(model_content=file_of(exact), num_threads=os.cpu_count())
     interpreter.allocate_tensors()
     (image,) = interpreter.get_input_details()
     ranges, means = {i: np.zeros(2) for i in ranged}, {i: np.zeros(1) for i in lost}
@@ -175,14 +170,13 @@ def _set_range(tensor: Any, low: float, high: float) -> None:
     how.min = how.max = None
 
 
-def _set_weights(model: Any, name: str, operator: Any, kernel: np.ndarray, bias: np.ndarray) -> None:
+def _set_weights(model: Any, name: str, operator: Any, kernel: np.ndarray, bias: np.ndarray, whole: bool) -> None:
     """Gives an operator constants of its own: those that are alike share one."""
     from ai_edge_litert import schema_py_generated as schema
 
     tensors = model.subgraphs[0].tensors
     (step,) = np.asarray(tensors[operator.inputs[0]].quantization.scale, "float64")
     old = [tensors[i] for i in operator.inputs[1:3]]
-    whole = len(old[0].quantization.scale) == 1
     steps, shape = _steps(name, kernel, whole)
     # A channel of tiny weights has a bias of too many steps.
     needed = np.abs(bias) / (step * LARGEST_BIAS)

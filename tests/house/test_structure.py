@@ -78,6 +78,7 @@ LEVELS = {
     "formats.exported_program": 0,
     "formats.graphs": 1,
     "formats.litert_file": 0,
+    "formats.litert_integers": 1,
     "formats.litert_metadata": 1,
     "formats.web": 0,
     "formats.images": 8,

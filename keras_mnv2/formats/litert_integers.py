@@ -30,13 +30,14 @@ _RANGED = ("CONV_2D", "DEPTHWISE_CONV_2D", "ADD", "MEAN")
 # What only moves numbers: its output has the integers of its input.
 _MOVING = ("PAD", "RESHAPE")
 # What reads integers of any range besides.
-_READING = ("FULLY_CONNECTED", "SOFTMAX", "LOGISTIC")
+_READING = ("FULLY_CONNECTED", "SOFTMAX", "LOGISTIC", "QUANTIZE")
 
 
 def round_by_images(content: bytes, reference: bytes, images: np.ndarray) -> bytes:
     """Gives activations the ranges that `images` have, and moves biases by what the rounding of weights costs.
 
-    A range is the mean over the images of the least and of the largest number, so that a few outliers stretch none.
+    A range is the mean over the images of the least and of the largest number, so that a few outliers stretch none;
+    that of an output is the whole one.
     A bias moves by what rounding the weights moves the mean of its sum (Nagel et al. 2019, section 4.2,
     arXiv 1906.04721).
 
@@ -66,13 +67,18 @@ def round_by_images(content: bytes, reference: bytes, images: np.ndarray) -> byt
         if name in _WEIGHTED and (weights := _weights(exact, there)) is not None:
             whole = len(graph.tensors[here.inputs[1]].quantization.scale) == 1
             weighted.append((name, here, *weights, whole, _add_twin(exact, name, there, *weights, whole)))
-    ranges, lost = _run(exact, list(ranged), [number for *_, number in weighted], images)
+    outputs = _read_as_output(model)
+    whole_ranges = {there for there, here in ranged.items() if here in outputs}
+    ranges, lost = _run(exact, list(ranged), whole_ranges, [number for *_, number in weighted], images)
     for number, (low, high) in ranges.items():
         _set_range(graph.tensors[ranged[number]], low, high)
-    for name, here, _ in triples:
-        if name in _MOVING and int(here.outputs[0]) in free:
-            source = graph.tensors[here.inputs[0]].quantization
-            graph.tensors[here.outputs[0]].quantization = copy.deepcopy(source)
+    for operator in graph.operators:
+        name = operator_name(model, operator)
+        if name in (*_MOVING, "QUANTIZE") and int(operator.outputs[0]) in free:
+            source, target = (graph.tensors[i[0]] for i in (operator.inputs, operator.outputs))
+            target.quantization = copy.deepcopy(source.quantization)
+            # Unsigned bytes of an output.
+            target.quantization.zeroPoint += 128 * (target.type != source.type)
     for name, here, kernel, bias, whole, number in weighted:
         _set_weights(model, name, here, kernel, bias + lost[number], whole)
     drop_unused(model)
@@ -81,23 +87,30 @@ def round_by_images(content: bytes, reference: bytes, images: np.ndarray) -> byt
 
 def _free(model: Any) -> set[int]:
     """The tensors whose ranges can be chosen: those that nothing ties to another's."""
-    from ai_edge_litert import schema_py_generated as schema
-
     graph = model.subgraphs[0]
     made: set[int] = set()
-    tied = {int(i) for i in (*graph.inputs, *graph.outputs)}
+    tied = {int(i) for i in graph.inputs}
     links = []
     for operator in graph.operators:
-        name, outputs = operator_name(model, operator), {int(i) for i in operator.outputs}
-        inputs = {int(i) for i in operator.inputs}
+        name, inputs, outputs = operator_name(model, operator), set(operator.inputs), set(operator.outputs)
         made |= outputs
-        if name in _MOVING:
-            links.append((int(operator.inputs[0]), int(operator.outputs[0])))
+        if name in _MOVING or (name == "QUANTIZE" and outputs & set(graph.outputs)):
+            links.append({operator.inputs[0], operator.outputs[0]})
         elif name not in _RANGED:
             tied |= outputs if name in _READING else inputs | outputs
-    while grown := {i for link in links if tied & set(link) for i in link} - tied:
+    while grown := {i for link in links if tied & link for i in link} - tied:
         tied |= grown
-    return {i for i in made - tied if graph.tensors[i].type == schema.TensorType.INT8}
+    return {int(i) for i in made - tied}
+
+
+def _read_as_output(model: Any) -> set[int]:
+    """The outputs, and what these are made of without a computation."""
+    graph = model.subgraphs[0]
+    found = {int(i) for i in graph.outputs}
+    for operator in reversed(graph.operators):
+        if operator_name(model, operator) in (*_MOVING, "QUANTIZE") and operator.outputs[0] in found:
+            found.add(int(operator.inputs[0]))
+    return found
 
 
 def _weights(model: Any, operator: Any) -> tuple[np.ndarray, np.ndarray] | None:
@@ -140,9 +153,9 @@ def _add_twin(exact: Any, name: str, operator: Any, kernel: np.ndarray, bias: np
 
 
 def _run(
-    exact: Any, ranged: list[int], lost: list[int], images: np.ndarray
+    exact: Any, ranged: list[int], whole: set[int], lost: list[int], images: np.ndarray
 ) -> tuple[dict[int, tuple[float, float]], dict[int, np.ndarray]]:
-    """The mean range of some tensors, each of which holds 0, and the mean of each channel of others."""
+    """The range of some tensors, which holds 0, in the mean or whole; and the mean of each channel of others."""
     from ai_edge_litert.interpreter import Interpreter
 
     graph = exact.subgraphs[0]
@@ -150,17 +163,19 @@ def _run(
     interpreter = Interpreter(model_content=file_of(exact), num_threads=os.cpu_count())
     interpreter.allocate_tensors()
     (image,) = interpreter.get_input_details()
-    ranges, means = {i: np.zeros(2) for i in ranged}, {i: np.zeros(1) for i in lost}
-    for x in images:
+    lows, highs = ({i: np.zeros(len(images)) for i in ranged} for _ in range(2))
+    means = {i: np.zeros(1) for i in lost}
+    for row, x in enumerate(images):
         interpreter.set_tensor(image["index"], np.asarray(x[None], "float32"))
         interpreter.invoke()
         for i in ranged:
             values = interpreter.get_tensor(i)
-            ranges[i] += min(values.min(), 0), max(values.max(), 0)
+            lows[i][row], highs[i][row] = min(values.min(), 0), max(values.max(), 0)
         for i in lost:
             values = interpreter.get_tensor(i)
             means[i] = means[i] + values.reshape(-1, values.shape[-1]).mean(axis=0, dtype="float64") / len(images)
-    return {i: (float(low) / len(images), float(high) / len(images)) for i, (low, high) in ranges.items()}, means
+    ends = {i: (lows[i].min(), highs[i].max()) if i in whole else (lows[i].mean(), highs[i].mean()) for i in ranged}
+    return {i: (float(low), float(high)) for i, (low, high) in ends.items()}, means
 
 
 def _set_range(tensor: Any, low: float, high: float) -> None:

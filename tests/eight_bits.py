@@ -46,7 +46,7 @@ def main() -> int:
     file = options.out / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     steps = [("head", BACKENDS[0]), ("train", BACKENDS[0])]
-    steps += [(step, backend) for step in ("convert", "aware") for backend in BACKENDS]
+    steps += [(step, backend) for backend in BACKENDS for step in ("convert", "aware")]
     for step, backend in steps:
         if f"{step} {backend}" in results:
             continue

@@ -14,13 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BACKENDS = ("tensorflow", "jax", "torch")
+BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+TRAINED_ON = "tensorflow"
 SPLITS = ("validation", "test")
 FILES = {"LiteRT": ("litert", ".tflite"), "ONNX": ("onnx", ".onnx")}
 KINDS = {
     "float32": "float32",
-    "int8": "int8, quantised after training",
-    "aware": "int8, quantisation-aware training",
+    "int8": "int8, after training",
+    "aware": "int8, quantisation-aware",
 }
 BEGIN, END = "<!-- eight bits: begin -->", "<!-- eight bits: end -->"
 # Photographs that give the ranges of the activations.
@@ -45,7 +46,10 @@ def main() -> int:
         return 0
     file = options.out / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    steps = [("head", BACKENDS[0]), ("train", BACKENDS[0])]
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("out", "page", "step")}
+    if results.setdefault("settings", settings) != settings:
+        parser.error(f"out must be new or of a run with the same settings, got one with {results['settings']}")
+    steps = [("head", TRAINED_ON), ("train", TRAINED_ON)]
     steps += [(step, backend) for backend in BACKENDS for step in ("convert", "aware")]
     for step, backend in steps:
         if f"{step} {backend}" in results:
@@ -227,16 +231,19 @@ _STEPS = {"head": head, "train": train, "convert": convert, "aware": aware}
 
 
 def table(results: dict[str, Any]) -> str:
-    """All files as Markdown: accuracy, and in parentheses the points to the model in float."""
-    base = results[f"train {BACKENDS[0]}"]["float"]
-    lines = ["| file | from | test | validation |", "|---|---|---|---|"]
-    lines.append(f"| the model in float | | {100 * base['test']:.2f} % | {100 * base['validation']:.2f} % |")
+    """Accuracies on test and validation as Markdown: a row for each kind of file, a column for where it comes from."""
+
+    def cell(found: dict[str, float] | None) -> str:
+        return "" if found is None else f"{100 * found['test']:.2f} / {100 * found['validation']:.2f} %"
+
+    lines = [f"| file from | {' | '.join(BACKENDS.values())} |", f"|---|{'---|' * len(BACKENDS)}"]
+    base = cell(results[f"train {TRAINED_ON}"]["float"])
+    lines.append(f"| (the model in float) | {' | '.join([base] * len(BACKENDS))} |")
     for kind, words in KINDS.items():
+        steps = [f"{'aware' if kind == 'aware' else 'convert'} {backend}" for backend in BACKENDS]
         for name in FILES:
-            for backend in BACKENDS:
-                found = results[f"{'aware' if kind == 'aware' else 'convert'} {backend}"][f"{name} {kind}"]
-                cells = [f"{100 * found[s]:.2f} % ({100 * (found[s] - base[s]):+.2f})" for s in reversed(SPLITS)]
-                lines.append(f"| {name} {words} | {backend} | {' | '.join(cells)} |")
+            cells = [cell(results.get(step, {}).get(f"{name} {kind}")) for step in steps]
+            lines.append(f"| {name} {words} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -191,7 +191,7 @@ def export(
                 options["calibration"] = str(folder / "calibration.npy")
             _convert(source, folder, "onnx" if format == "web" else format, checked, json.dumps(options))
             if format == "litert":
-                finish_litert(model, target, precision, how, labels)
+                finish_litert(model, target, precision, how, labels, calibration)
         elif format == "keras":
             to_stock(source).save(target)
         elif _is_active(format):

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from keras_mnv2.formats import converters
 from keras_mnv2.formats.litert_file import fold_scaling
+from keras_mnv2.formats.litert_integers import round_by_images
 from keras_mnv2.formats.litert_metadata import with_metadata
 from keras_mnv2.preprocessing import SIDE, preprocessing_of
 from keras_mnv2.rewrite import layers_of
@@ -49,12 +51,20 @@ def check_page(model: keras.Model, how: Preprocessing) -> None:
 
 
 def finish_litert(
-    model: keras.Model, target: Path, precision: str, how: Preprocessing, labels: list[str] | None
+    model: keras.Model,
+    target: Path,
+    precision: str,
+    how: Preprocessing,
+    labels: list[str] | None,
+    calibration: np.ndarray | None = None,
 ) -> None:
     """What the converter leaves to be done: integers that read pixels, and what the file says about itself."""
     content, reference = target.read_bytes(), target.with_suffix(converters.REFERENCE)
     if precision == "int8":
-        content = fold_scaling(content, reference.read_bytes() if reference.exists() else None)
+        exact = reference.read_bytes() if reference.exists() else None
+        if exact is not None and calibration is not None:
+            content = round_by_images(content, exact, calibration)
+        content = fold_scaling(content, exact)
         reference.unlink(missing_ok=True)
     shape = model.inputs[0].shape
     if len(shape) == 4 and shape[-1] in (1, 3):

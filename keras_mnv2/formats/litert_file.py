@@ -39,7 +39,9 @@ def file_of(model: Any) -> bytes:
 def operators(content: bytes) -> list[tuple[str, int]]:
     """Name and version of each operator of a file, in order."""
     model = read_file(content)
-    return [(_name(model, operator), _code(model, operator).version) for operator in model.subgraphs[0].operators]
+    return [
+        (operator_name(model, operator), _code(model, operator).version) for operator in model.subgraphs[0].operators
+    ]
 
 
 def fold_scaling(content: bytes, reference: bytes | None = None) -> bytes:
@@ -79,7 +81,7 @@ def fold_scaling(content: bytes, reference: bytes | None = None) -> bytes:
     first = graph.operators.index(start.left_out[0])
     graph.operators = [operator for operator in graph.operators if not any(operator is o for o in start.left_out)]
     graph.operators[first:first] = _padded(model, start, border)
-    _drop_unused(model)
+    drop_unused(model)
     return file_of(model)
 
 
@@ -120,24 +122,24 @@ def _read_start(model: Any) -> _Start | None:
     pads = np.zeros((4, 2), int)
     names: list[str] = []
     left_out: list[Any] = []
-    if _name(model, operators[0]) == "QUANTIZE":
+    if operator_name(model, operators[0]) == "QUANTIZE":
         tensor = int(operators.pop(0).outputs[0])
     now = tensor
     for operator in operators:
-        name = _name(model, operator)
+        name = operator_name(model, operator)
         readers = [o for o in graph.operators if now in o.inputs]
         if readers != [operator] or now in graph.outputs:
             return None
         if name == "CONV_2D" and operator.inputs[0] == now and names:
             break
         if name == "PAD" and operator.inputs[0] == now and names:
-            zeros = _numbers(model, graph.tensors[operator.inputs[1]])
+            zeros = numbers(model, graph.tensors[operator.inputs[1]])
             if zeros is None:
                 return None
             pads = pads + zeros.astype(int)
         elif name in ("MUL", "ADD", "SUB", "DIV") and not pads.any():
             other = [i for i in operator.inputs if i != now]
-            constant = _numbers(model, graph.tensors[other[0]]) if len(other) == 1 else None
+            constant = numbers(model, graph.tensors[other[0]]) if len(other) == 1 else None
             swapped = operator.inputs[0] != now and name in ("SUB", "DIV")
             if constant is None or swapped or (constant.ndim > 1 and constant.size != constant.shape[-1]):
                 return None
@@ -155,8 +157,8 @@ def _read_start(model: Any) -> _Start | None:
     else:
         return None
     image = graph.tensors[tensor]
-    kernel = _numbers(model, graph.tensors[operator.inputs[1]])
-    bias = _numbers(model, graph.tensors[operator.inputs[2]]) if len(operator.inputs) > 2 else None
+    kernel = numbers(model, graph.tensors[operator.inputs[1]])
+    bias = numbers(model, graph.tensors[operator.inputs[2]]) if len(operator.inputs) > 2 else None
     sides = [int(n) for n in (image.shape if image.shapeSignature is None else image.shapeSignature)][1:3]
     if kernel is None or bias is None or min(sides) < 1 or kernel.shape[3] != image.shape[3]:
         return None
@@ -200,12 +202,12 @@ def _padded(model: Any, start: _Start, border: np.ndarray) -> list[Any]:
         shape = [int(n) + int(pad.sum()) for n, pad in zip(image.shape, pads, strict=True)]
         shape[3] = channels
         batch = image.shape if image.shapeSignature is None else image.shapeSignature
-        return _add_tensor(model, name, shape, image.type, image.quantization, [int(batch[0]), *shape[1:]])
+        return add_tensor(model, name, shape, image.type, image.quantization, [int(batch[0]), *shape[1:]])
 
     def constant(name: str, value: Any, dtype: str, quantization: Any = None) -> int:
         array = np.asarray(value, dtype)
         kind = {"int8": schema.TensorType.INT8, "int32": schema.TensorType.INT32}[dtype]
-        return _add_tensor(model, name, array.shape, kind, quantization, None, array.tobytes())
+        return add_tensor(model, name, array.shape, kind, quantization, None, array.tobytes())
 
     pads = constant("border", start.pads, "int32")
     pad_code = _code_of(model, "PADV2", 2)
@@ -235,7 +237,7 @@ def _code(model: Any, operator: Any) -> Any:
     return model.operatorCodes[operator.opcodeIndex]
 
 
-def _name(model: Any, operator: Any) -> str:
+def operator_name(model: Any, operator: Any) -> str:
     from ai_edge_litert import schema_py_generated as schema
 
     code = _code(model, operator)
@@ -269,7 +271,7 @@ def _operator(code: int, inputs: Sequence[int], outputs: Sequence[int], options:
     return made
 
 
-def _add_tensor(
+def add_tensor(
     model: Any, name: str, shape: Any, kind: int, quantization: Any, signature: Any = None, data: bytes | None = None
 ) -> int:
     from ai_edge_litert import schema_py_generated as schema
@@ -293,7 +295,7 @@ def _add_buffer(model: Any, data: bytes | None) -> int:
     return len(model.buffers) - 1
 
 
-def _numbers(model: Any, tensor: Any) -> np.ndarray | None:
+def numbers(model: Any, tensor: Any) -> np.ndarray | None:
     """A constant's real numbers in float64; None for what is computed, or of another type."""
     from ai_edge_litert import schema_py_generated as schema
 
@@ -324,7 +326,7 @@ def _set(model: Any, tensor: Any, values: np.ndarray, dtype: str, steps: np.ndar
     how.quantizedDimension, how.min, how.max = 0, None, None
 
 
-def _drop_unused(model: Any) -> None:
+def drop_unused(model: Any) -> None:
     """Leaves out the tensors that no operator reads or writes, and empties their buffers."""
     graph = model.subgraphs[0]
     used = {int(i) for o in graph.operators for i in (*o.inputs, *o.outputs)} | {-1}

@@ -83,6 +83,7 @@ LEVELS = {
     "formats.exported_program": 0,
     "formats.graphs": 1,
     "formats.litert_file": 0,
+    "formats.litert_integers": 1,
     "formats.litert_metadata": 1,
     "formats.processes": 0,
     "formats.web": 0,

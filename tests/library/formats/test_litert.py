@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 import keras_mnv2
+from keras_mnv2.formats import converters
+from keras_mnv2.formats.graphs import write_saved_model
 from keras_mnv2.formats.images import finish_litert, takes_pixels
 from keras_mnv2.formats.litert_file import operators, read_file
+from keras_mnv2.formats.litert_integers import round_by_images
 from keras_mnv2.formats.runtimes import reference_outputs
-from tests.conftest import once
+from tests.conftest import once, once_on
 from tests.exports import LABELS, small
 from tests.helpers import randomise
 
@@ -112,6 +115,46 @@ def test_each_channel_has_a_border_of_its_own_mean(padding, rng, tmp_path):
     assert errors.mean() < step / 2
     # A border of black would be off by 2 standard deviations.
     assert max(errors[:, 0].mean(), errors[:, -1].mean(), errors[:, :, -1].mean()) < step
+
+
+def step_behind(path, name):
+    """The step of what the first operator of this name writes."""
+    graph = read_file(path.read_bytes()).subgraphs[0]
+    return float(graph.tensors[graph.operators[names_of(path).index(name)].outputs[0]].quantization.scale[0])
+
+
+@once_on("tensorflow")
+def test_rounding_costs_no_mean_and_extremes_no_range(rng, tmp_path):
+    """Images that are far from 0 multiply what rounding takes from the weights: the biases give it back."""
+    image = keras.Input((16, 16, 3))
+    x = inner = keras.layers.Conv2D(16, 3, padding="same")(image)
+    x = keras.layers.Conv2D(24, 1)(keras.layers.DepthwiseConv2D(3)(x))
+    model = keras.Model(image, {"maps": x, "pooled": keras.layers.GlobalAveragePooling2D()(x)})
+    for weight in model.trainable_weights:
+        weight.assign(rng.normal(0, 1, weight.shape))
+    images = rng.normal(3, 1, (48, 16, 16, 3)).astype("float32")
+    path = tmp_path / "a.tflite"
+    np.save(tmp_path / "images.npy", images)
+    write_saved_model(model, tmp_path / "saved")
+    converters.to_litert(tmp_path / "saved", path, "int8", calibration=str(tmp_path / "images.npy"))
+    expected = model.predict(images, verbose=0)
+
+    def error_of_means():
+        found = keras_mnv2.load_export(path)(images)
+        assert {key: y.shape for key, y in found.items()} == {key: y.shape for key, y in expected.items()}
+        return np.abs((found["maps"] - expected["maps"]).mean(axis=(0, 1, 2))).mean()
+
+    before = error_of_means()
+    reference = path.with_suffix(converters.REFERENCE).read_bytes()
+    path.write_bytes(round_by_images(path.read_bytes(), reference, images))
+    assert error_of_means() < before / 4
+    values = keras.Model(image, inner).predict(images, verbose=0).reshape(48, -1)
+    step = (values.max(axis=1).mean() - values.min(axis=1).mean()) / 255
+    assert step_behind(path, "CONV_2D") == pytest.approx(step, rel=1e-4)
+    # Of an output the whole range; and a mean has its own.
+    values = expected["pooled"]
+    step = (max(values.max(), 0) - min(values.min(), 0)) / 255
+    assert step_behind(path, "MEAN") == pytest.approx(step, rel=1e-4)
 
 
 def test_what_scales_pixels_itself_is_known():

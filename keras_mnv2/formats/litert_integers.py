@@ -1,7 +1,7 @@
 """An 8-bit `.tflite` file that was quantised after training: its ranges and biases, from the same model in float32.
 
-TensorFlow's converter takes the least and the largest number of all images, gives a mean the range of what it is the
-mean of, and corrects no bias. Here ranges and biases are found as for 8-bit ONNX files (`onnx_integers.py`).
+TensorFlow's converter gives a mean the range of what it is the mean of, and corrects no bias. Here a mean has a range
+of its own, and biases are corrected as in 8-bit ONNX files (`onnx_integers.py`).
 """
 
 import copy
@@ -36,8 +36,8 @@ _READING = ("FULLY_CONNECTED", "SOFTMAX", "LOGISTIC", "QUANTIZE")
 def round_by_images(content: bytes, reference: bytes, images: np.ndarray) -> bytes:
     """Gives activations the ranges that `images` have, and moves biases by what the rounding of weights costs.
 
-    A range is the mean over the images of the least and of the largest number, so that a few outliers stretch none;
-    that of an output is the whole one.
+    A range goes from the least to the largest number of all images: what few images need, such as those of one class,
+    is not cut off.
     A bias moves by what rounding the weights moves the mean of its sum (Nagel et al. 2019, section 4.2,
     arXiv 1906.04721).
 
@@ -67,9 +67,7 @@ def round_by_images(content: bytes, reference: bytes, images: np.ndarray) -> byt
         if name in _WEIGHTED and (weights := _weights(exact, there)) is not None:
             whole = len(graph.tensors[here.inputs[1]].quantization.scale) == 1
             weighted.append((name, here, *weights, whole, _add_twin(exact, name, there, *weights, whole)))
-    outputs = _read_as_output(model)
-    whole_ranges = {there for there, here in ranged.items() if here in outputs}
-    ranges, lost = _run(exact, list(ranged), whole_ranges, [number for *_, number in weighted], images)
+    ranges, lost = _run(exact, list(ranged), [number for *_, number in weighted], images)
     for number, (low, high) in ranges.items():
         _set_range(graph.tensors[ranged[number]], low, high)
     for operator in graph.operators:
@@ -101,16 +99,6 @@ def _free(model: Any) -> set[int]:
     while grown := {i for link in links if tied & link for i in link} - tied:
         tied |= grown
     return {int(i) for i in made - tied}
-
-
-def _read_as_output(model: Any) -> set[int]:
-    """The outputs, and what these are made of without a computation."""
-    graph = model.subgraphs[0]
-    found = {int(i) for i in graph.outputs}
-    for operator in reversed(graph.operators):
-        if operator_name(model, operator) in (*_MOVING, "QUANTIZE") and operator.outputs[0] in found:
-            found.add(int(operator.inputs[0]))
-    return found
 
 
 def _weights(model: Any, operator: Any) -> tuple[np.ndarray, np.ndarray] | None:
@@ -153,9 +141,9 @@ def _add_twin(exact: Any, name: str, operator: Any, kernel: np.ndarray, bias: np
 
 
 def _run(
-    exact: Any, ranged: list[int], whole: set[int], lost: list[int], images: np.ndarray
+    exact: Any, ranged: list[int], lost: list[int], images: np.ndarray
 ) -> tuple[dict[int, tuple[float, float]], dict[int, np.ndarray]]:
-    """The range of some tensors, which holds 0, in the mean or whole; and the mean of each channel of others."""
+    """The range of some tensors, which holds 0; and the mean of each channel of others."""
     from ai_edge_litert.interpreter import Interpreter
 
     graph = exact.subgraphs[0]
@@ -163,19 +151,18 @@ def _run(
     interpreter = Interpreter(model_content=file_of(exact), num_threads=os.cpu_count())
     interpreter.allocate_tensors()
     (image,) = interpreter.get_input_details()
-    lows, highs = ({i: np.zeros(len(images)) for i in ranged} for _ in range(2))
+    ranges = dict.fromkeys(ranged, (0.0, 0.0))
     means = {i: np.zeros(1) for i in lost}
-    for row, x in enumerate(images):
+    for x in images:
         interpreter.set_tensor(image["index"], np.asarray(x[None], "float32"))
         interpreter.invoke()
         for i in ranged:
             values = interpreter.get_tensor(i)
-            lows[i][row], highs[i][row] = min(values.min(), 0), max(values.max(), 0)
+            ranges[i] = min(float(values.min()), ranges[i][0]), max(float(values.max()), ranges[i][1])
         for i in lost:
             values = interpreter.get_tensor(i)
             means[i] = means[i] + values.reshape(-1, values.shape[-1]).mean(axis=0, dtype="float64") / len(images)
-    ends = {i: (lows[i].min(), highs[i].max()) if i in whole else (lows[i].mean(), highs[i].mean()) for i in ranged}
-    return {i: (float(low), float(high)) for i, (low, high) in ends.items()}, means
+    return ranges, means
 
 
 def _set_range(tensor: Any, low: float, high: float) -> None:

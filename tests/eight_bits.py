@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.pages import replace_between
+
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 TRAINED_ON = "tensorflow"
 SPLITS = ("validation", "test")
@@ -64,11 +66,10 @@ def main() -> int:
     print(text)
     (options.out / "table.md").write_text(text)
     if options.page is not None:
-        before, _, rest = options.page.read_text().partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not end:
-            parser.error(f"page must have the lines {BEGIN!r} and {END!r}, got {str(options.page)!r}")
-        options.page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        try:
+            replace_between(options.page, BEGIN, END, text)
+        except ValueError as error:
+            parser.error(str(error))
     return 0
 
 
@@ -176,7 +177,7 @@ def convert(options: Any, backend: str) -> dict[str, Any]:
     """The files in float32, and in integers after training."""
     import keras
 
-    import keras_mnv2  # noqa: F401
+    import keras_mnv2  # noqa: F401  # Keras finds the classes of the file by it.
 
     model = keras.models.load_model(options.out / "float.keras", compile=False)
     pixels, _ = photographs(options, "train")

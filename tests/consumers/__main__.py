@@ -21,6 +21,7 @@ import numpy as np
 import keras_mnv2
 from tests.consumers.consumers import CONSUMERS, FILES, Consumer
 from tests.helpers import randomise
+from tests.pages import replace_between
 
 HERE = Path(__file__).parent
 INSTALL_SECONDS, RUN_SECONDS = 1200, 300
@@ -56,11 +57,10 @@ def main() -> int:
     text = table(results)
     print(text)
     if options.page is not None:
-        before, _, rest = options.page.read_text().partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not end:
-            parser.error(f"page must have the lines {BEGIN!r} and {END!r}, got {str(options.page)!r}")
-        options.page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        try:
+            replace_between(options.page, BEGIN, END, text)
+        except ValueError as error:
+            parser.error(str(error))
     return 0
 
 

@@ -70,7 +70,11 @@ def fold_scaling(content: bytes, reference: bytes | None = None) -> bytes:
     step, zero = _pixels_of(graph, start)
     kernel = exact.kernel * exact.scale
     steps = np.abs(kernel).max(axis=(1, 2, 3)) / WEIGHT
-    steps[steps == 0] = 1
+    if exact is start and len(set(start.scale)) == 1 and start.scale[0] > 0:
+        # The same integers.
+        own = graph.tensors[start.conv.inputs[1]].quantization.scale
+        steps = np.broadcast_to(np.asarray(own, "float64"), len(kernel)) * start.scale[0]
+    steps = np.where(steps == 0, 1, steps)
     rounded = np.round(kernel / steps[:, None, None, None])
     # With the rounded kernel: its error then counts from the pixel that is scaled to zero, not from black.
     bias = exact.bias + (rounded * steps[:, None, None, None] * exact.shift / exact.scale).sum(axis=(1, 2, 3))

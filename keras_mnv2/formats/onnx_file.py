@@ -88,7 +88,7 @@ def write_onnx(
             integers["correct_biases"](model, images)
             integers["round_by_images"](model, images)
         integers["round_what_moves"](graph)
-        integers["round_weights"](graph, per_tensor=("Gemm", "MatMul") if quantized else ())
+        integers["round_weights"](graph, trained=quantized)
     if precision == "float16":
         _in_float16(graph)
     _remove_unused(graph)

@@ -5,6 +5,9 @@ Run as a file by `onnx_file.py`, so that nothing of this package is imported.
 Activations are unsigned, with a zero point: of signed ones ONNX Runtime computes some in float on x86. Weights are
 signed and symmetric, with a scale for each output channel; biases have the product of both scales (Jacob et al. 2018,
 arXiv 1712.05877).
+
+x86 processors without VNNI multiply with VPMADDUBSW: two products of neighbours make one sum of 16 bits, which stays at
+its limit where it is exceeded. So a scale is chosen by the largest sum of two neighbours, not by the largest weight.
 """
 
 from collections.abc import Iterator
@@ -16,6 +19,8 @@ from onnx import helper, numpy_helper
 
 LEVELS = 255
 WEIGHT_LEVELS = 127
+# What a largest sum of 127 steps can have become by rounding two weights.
+TRAINED_LEVELS = (127, 126, 128)
 TINY = 1e-12
 # What a bias may be at most, so that a sum stays within 32 bits.
 LARGEST_BIAS = 2**30
@@ -118,14 +123,42 @@ def correct_biases(model: Any, images: np.ndarray) -> None:
         biases[bias].CopyFrom(numpy_helper.from_array(values.astype("float32"), bias))
 
 
-def _rounded(node: Any, weights: np.ndarray, whole: bool) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Weights as integers, their scales, and the shape of these that fits the weights."""
+def _rounded(
+    node: Any, weights: np.ndarray, whole: bool, trained: bool = False
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Weights as integers, their scales, and the shape of these that fits the weights.
+
+    What was trained with rounding consists of multiples of its scale. The largest one is 127, or next to it.
+    """
     axis = _output_axis(node, weights)
-    others = tuple(i for i in range(weights.ndim) if i != axis)
-    largest = np.abs(weights).max() if whole else np.abs(weights).max(axis=others)
-    scale = np.maximum(largest, TINY).astype("float32") / np.float32(WEIGHT_LEVELS)
+    largest = _largest(node, np.moveaxis(weights, axis, 0))
+    if whole:
+        largest = largest.max()
     shape = [-1 if i == axis and not whole else 1 for i in range(weights.ndim)]
+    scale = np.maximum(largest, TINY).astype("float32") / np.float32(WEIGHT_LEVELS)
+    if trained:
+        others = tuple(i for i in range(weights.ndim) if i != axis or whole)
+        scales = [np.maximum(largest, TINY).astype("float32") / np.float32(n) for n in TRAINED_LEVELS]
+        steps = [weights / scale.reshape(shape) for scale in scales]
+        off = [np.abs(step - np.round(step)).max(axis=others) for step in steps]
+        scale = np.choose(np.argmin(off, axis=0), scales)
     return np.round(weights / scale.reshape(shape)), scale, shape
+
+
+def _largest(node: Any, weights: np.ndarray) -> np.ndarray:
+    """Of each output channel, what becomes 127: the largest sum of one sign of two weights that are multiplied at once.
+
+    255 times 128, which two rounded weights reach at most, is below 2**15. A depthwise convolution sums in 32 bits.
+    """
+    rows = weights.reshape(len(weights), -1)
+    alone = np.abs(rows).max(axis=1)
+    if any(a.name == "group" and a.i > 1 for a in node.attribute):
+        return alone
+    # The channels of one pixel are neighbours in images of channels last, the pixels of one channel else.
+    orders = [rows, np.moveaxis(weights, 1, -1).reshape(rows.shape)]
+    even = rows.shape[1] // 2 * 2
+    pairs = [np.abs(row[:, :even:2] + row[:, 1:even:2]) for row in orders]
+    return np.maximum(alone, np.concatenate(pairs, axis=1).max(axis=1, initial=0))
 
 
 def _output_axis(node: Any, weights: np.ndarray) -> int:
@@ -133,12 +166,13 @@ def _output_axis(node: Any, weights: np.ndarray) -> int:
     return 0 if node.op_type == "Conv" or transposed else weights.ndim - 1
 
 
-def round_weights(graph: Any, per_tensor: tuple[str, ...] = ()) -> None:
+def round_weights(graph: Any, trained: bool = False) -> None:
     """Weights and biases as integers wherever a convolution or a classifier reads integers.
 
     Args:
         graph: with rounded activations; it is changed.
-        per_tensor: operations whose weights have one scale.
+        trained: whether the weights are rounded already, as `keras_mnv2.quantize_aware` does: a classifier's with one
+            scale.
     """
     constants = _constants(graph)
     done = False
@@ -147,8 +181,8 @@ def round_weights(graph: Any, per_tensor: tuple[str, ...] = ()) -> None:
         if before is None or before.op_type != "DequantizeLinear" or node.input[1] not in constants:
             continue
         weights = constants[node.input[1]]
-        axis, whole = _output_axis(node, weights), node.op_type in per_tensor
-        _, scale, shape = _rounded(node, weights, whole)
+        axis, whole = _output_axis(node, weights), trained and node.op_type != "Conv"
+        _, scale, shape = _rounded(node, weights, whole, trained)
         step = float(constants[before.input[1]])
         bias = constants[node.input[2]] if len(node.input) > 2 and node.input[2] in constants else None
         if bias is not None:

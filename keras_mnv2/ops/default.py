@@ -282,6 +282,23 @@ def fake_quantize(x: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     return inside + ops.stop_gradient(ops.round(inside / scale) * scale - inside)
 
 
+def round_to_multiples(x: Tensor, scale: Tensor) -> Tensor:
+    """Rounds to multiples of a scale; the gradient passes as if nothing were rounded.
+
+    Args:
+        x: of any shape; at most 127 times the scale, as weights of 8 bits are.
+        scale: of the number of axes of `x`, each of its size or 1.
+
+    Returns:
+        The rounded `x`.
+
+    Examples:
+        >>> [float(v) for v in round_to_multiples(np.array([-0.9, 0.2, 1.3]), np.array([0.5]))]
+        [-1.0, 0.0, 1.5]
+    """
+    return x + ops.stop_gradient(ops.round(x / scale) * scale - x)
+
+
 def resize(x: Tensor, size: Sequence[Any], data_format: str) -> Tensor:
     """Images of another size, bilinearly, without antialiasing and without aligned corners.
 

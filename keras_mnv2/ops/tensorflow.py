@@ -15,6 +15,8 @@ from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import Padding, spatial_padding
 
 relu6 = tf.nn.relu6
+# Of a weight, on each side of 0.
+WEIGHT_LEVELS = 127
 
 
 def note(output: Tensor, call: Any) -> Tensor:
@@ -89,6 +91,24 @@ def batch_normalization(
 def fake_quantize(x: Tensor, minimum: Tensor, maximum: Tensor) -> Tensor:
     """LiteRT's converter knows the operation."""
     return tf.quantization.fake_quant_with_min_max_vars(x, tf.stop_gradient(minimum), tf.stop_gradient(maximum))
+
+
+def round_to_multiples(x: Tensor, scale: Tensor) -> Tensor:
+    """See `keras_mnv2.ops.default.round_to_multiples`. LiteRT's converter takes the scale over from the operation."""
+    x = tf.convert_to_tensor(x)
+    if x.dtype != tf.float32 or tuple(scale.shape) not in ((1,) * x.ndim, (*(1,) * (x.ndim - 1), x.shape[-1])):
+        return default.round_to_multiples(x, scale)
+
+    @tf.custom_gradient
+    def rounded(x: Tensor) -> Any:
+        limit = tf.reshape(scale, [-1]) * WEIGHT_LEVELS
+        if limit.shape[0] == x.shape[-1]:
+            y = tf.quantization.fake_quant_with_min_max_vars_per_channel(x, -limit, limit, narrow_range=True)
+        else:
+            y = tf.quantization.fake_quant_with_min_max_vars(x, -limit[0], limit[0], narrow_range=True)
+        return y, lambda gradient: gradient
+
+    return rounded(x)
 
 
 def resize(x: Tensor, size: Sequence[Any], data_format: str) -> Tensor:

@@ -16,10 +16,24 @@ from tests.helpers import note, randomise, relative_difference, relative_norm
 from tests.library.ops.test_ops import gradients
 
 
-def rounded(kernel, axes):
-    """The kernel on the grid of symmetric 8-bit integers, with a scale for each channel."""
-    scale = np.abs(kernel).max(axes, keepdims=True) / 127
-    return np.round(kernel / scale) * scale
+def pair_sums(kernel):
+    """`pairs` of integers in ONNX's order, (outputs, inputs, height, width)."""
+    return pairs(kernel.transpose(2, 3, 1, 0).astype(int))
+
+
+def pairs(kernel):
+    """Sums of the neighbours of a kernel (height, width, inputs, outputs), with the inputs as last or first axis."""
+    for row in (kernel, np.moveaxis(kernel, 2, 0)):
+        flat = row.reshape(-1, kernel.shape[-1])
+        yield np.stack([flat[i] + flat[i + 1] for i in range(0, len(flat) - 1, 2)])
+
+
+def steps(kernel):
+    """The step of each channel of symmetric 8-bit integers. No sum of two neighbours is above 127 steps."""
+    if kernel.shape[-1] == 1:
+        return np.abs(kernel).max((0, 1, 3), keepdims=True) / 127
+    found = [np.abs(kernel).max((0, 1, 2)), *(np.abs(sums).max(0) for sums in pairs(kernel))]
+    return np.max(found, axis=0).reshape(1, 1, 1, -1) / 127
 
 
 def numpy(x):
@@ -121,9 +135,9 @@ def test_the_8_bit_onnx_file_gives_its_predictions_and_holds_its_integers(traine
     for kernel in kernels:
         # ONNX's order: (out, in, height, width), and (channels, 1, height, width) where it is depthwise.
         depthwise = kernel.shape[-1] == 1
-        kernel = kernel.transpose(2, 3, 0, 1) if depthwise else kernel.transpose(3, 2, 0, 1)
-        integers = np.round(kernel / (np.abs(kernel).max((1, 2, 3), keepdims=True) / 127))
-        assert min((s != integers).mean() for s in stored if s.shape == kernel.shape) <= 0.01
+        integers = np.round(kernel / steps(kernel)).transpose((2, 3, 0, 1) if depthwise else (3, 2, 0, 1))
+        assert min((s != integers).mean() for s in stored if s.shape == integers.shape) <= 0.01
+    assert max(np.abs(sums).max() for s in stored if s.shape[1] > 1 for sums in pair_sums(s)) <= 128
 
 
 def test_the_int8_file_gives_its_predictions_and_holds_its_integers(trained, tmp_path):
@@ -147,16 +161,14 @@ def test_the_int8_file_gives_its_predictions_and_holds_its_integers(trained, tmp
     folded = keras_mnv2.fold_batch_norm(quantized)
     # LiteRT's order: (out, height, width, in), and (1, height, width, channels) where it is depthwise.
     kernels = [w for w in folded.weights if w.path.endswith("/kernel") and len(w.shape) == 4]
-    wanted = [numpy(w).transpose(3, 0, 1, 2) for w in kernels]
+    wanted = [np.round(numpy(w) / steps(numpy(w))).transpose(3, 0, 1, 2) for w in kernels]
     shapes = {k.shape for k in wanted}
     stored = [
         interpreter.get_tensor(t["index"]) for t in tensors if tuple(t["shape"]) in shapes and t["dtype"] == np.int8
     ]
-    for kernel in wanted:
-        axes = (1, 2, 3) if kernel.shape[0] > 1 else (0, 1, 2)
-        integers = np.round(kernel / (np.abs(kernel).max(axes, keepdims=True) / 127))
-        alike = [s for s in stored if s.shape == kernel.shape and np.abs(s - integers).max() <= 1]
-        assert alike, f"no tensor of the file is the kernel {kernel.shape}"
+    for integers in wanted:
+        alike = [s for s in stored if s.shape == integers.shape and np.abs(s - integers).max() <= 1]
+        assert alike, f"no tensor of the file is the kernel {integers.shape}"
         assert min((s != integers).mean() for s in alike) <= 0.01
 
 
@@ -185,7 +197,7 @@ def test_in_inference_the_folded_kernel_is_rounded_for_each_channel(groups, rng)
     kernel = numpy(layer.kernel) * (scale if groups == 1 else scale[:, None])
     plain = ConvNormActivation(8, groups=groups, stride=2, norm_layer=None)
     plain.build(x.shape)
-    kernel = rounded(kernel, (0, 1, 2) if groups == 1 else (0, 1, 3))
+    kernel = np.round(kernel / steps(kernel)) * steps(kernel)
     plain.set_weights([kernel, numpy(layer.norm.beta) - numpy(layer.norm.moving_mean) * scale])
     low, high = float(layer.output_range.minimum), float(layer.output_range.maximum)
     step = (high - low) / 255
@@ -252,7 +264,9 @@ def test_dense_rounds_kernel_logits_and_output(rng):
     x = rng.normal(size=(64, 16)).astype("float32")
     layer = QuantizedDense(4, activation="softmax")
     layer(x, training=True)
-    logits = x @ rounded(numpy(layer.kernel), (0, 1))
+    kernel = numpy(layer.kernel)
+    step = steps(kernel[None, None]).max()
+    logits = x @ (np.round(kernel / step) * step)
     scores = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert np.abs(numpy(layer(x)) - scores).max() <= 0.02
     linear = QuantizedDense(4)

@@ -120,6 +120,35 @@ def test_an_8_bit_onnx_file_runs_with_integers(exported, tmp_path):
 
 
 @once
+def test_no_sum_of_an_8_bit_onnx_file_leaves_16_bits(exported):
+    """Processors without 8-bit dot products add two products in 16 bits: ONNX Runtime cut those sums off in silence."""
+    import onnx
+    import onnxruntime
+
+    path = exported("onnx", "int8").path
+    file = onnx.load(path)
+    weights = [onnx.numpy_helper.to_array(weight).astype(int) for weight in file.graph.initializer]
+    kernels = [w for w in weights if w.ndim == 4 and w.shape[1] > 1]
+    assert kernels
+    for kernel in kernels:
+        for row in (kernel, np.moveaxis(kernel, 1, -1)):
+            flat = row.reshape(len(kernel), -1)
+            even = flat.shape[1] // 2 * 2
+            for sign in (1, -1):
+                sums = np.maximum(sign * flat, 0)[:, :even].reshape(len(flat), -1, 2).sum(2)
+                assert sums.max() * 255 < 2**15
+    # The option takes the products that do not leave 16 bits.
+    images = np.random.default_rng(0).uniform(0, 255, (16, 32, 32, 3)).astype("float32")
+    found = []
+    for precise in ("0", "1"):
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.x64quantprecision", precise)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found.append(session.run(None, {session.get_inputs()[0].name: images})[0])
+    np.testing.assert_allclose(*found, atol=1e-6)
+
+
+@once
 def test_an_onnx_file_of_another_layout_and_opset(decided, tmp_path):
     import onnx
 

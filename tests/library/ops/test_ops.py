@@ -170,6 +170,18 @@ def test_relu6_cuts_at_zero_and_six():
     assert keras.ops.convert_to_numpy(ops.relu6(x)).tolist() == [0, 0, 3, 6, 6]
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_round_to_multiples_keeps_each_gradient(whole):
+    x = np.random.default_rng(0).normal(size=(3, 3, 4, 6)).astype("float32")
+    scale = np.abs(x).max(None if whole else (0, 1, 2), keepdims=True) / 127
+    for module in (ops, default):
+        steps = keras.ops.convert_to_tensor(scale)
+        found = keras.ops.convert_to_numpy(module.round_to_multiples(keras.ops.convert_to_tensor(x), steps))
+        np.testing.assert_allclose(found, np.round(x / scale) * scale, atol=1e-6)
+        _, gradient = gradients(lambda t, m=module, s=steps: m.round_to_multiples(t, s), [x])
+        np.testing.assert_allclose(gradient, np.cos(np.arange(x.size)).reshape(x.shape), rtol=1e-6)
+
+
 @given(low=st.floats(-20, 0), high=st.floats(0.01, 20), spread=st.floats(0.1, 30))
 def test_fake_quantize_rounds_to_levels_that_hold_zero(low, high, spread):
     x = np.random.default_rng(0).normal(0, spread, (50,)).astype("float32")

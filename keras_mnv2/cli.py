@@ -203,7 +203,7 @@ def _predict_classes(options: argparse.Namespace, labels: Sequence[str] | None) 
     network = _loaded(_classifier(options))
     data = evaluation_data(options.images, weights=network.preprocessing, normalize=False)
     scores = probabilities(np.concatenate([network.scores(x) for (x,) in _read_ahead(data)]))
-    labels = labels or network.labels
+    labels = network.labels if labels is None else labels
     found = dict(zip(options.images, _best(scores, options.top or TOP, labels), strict=True))
     if options.json:
         print(json.dumps({image: [dataclasses.asdict(row) for row in rows] for image, rows in found.items()}, indent=2))
@@ -221,7 +221,7 @@ def _predict_boxes(options: argparse.Namespace, labels: Sequence[str] | None) ->
     if options.weights is None:
         raise ValueError("--weights must be a detector for --task detection, got none; no published one is known.")
     network: Detector = _loaded(_network(load_detector, options))
-    labels = labels or network.labels
+    labels = network.labels if labels is None else labels
     results = {}
     for image, path in _pictures(options).items():
         found = {name: values[: options.top] for name, values in network.detect(image, score).items()}
@@ -246,7 +246,7 @@ def _predict_boxes(options: argparse.Namespace, labels: Sequence[str] | None) ->
 def _predict_masks(options: argparse.Namespace, labels: Sequence[str] | None) -> None:
     options.weights = options.weights or list_weights(task="segmentation")[0].name
     network: Segmenter = _loaded(_network(load_segmenter, options))
-    labels = labels or network.labels
+    labels = network.labels if labels is None else labels
     results = {}
     for image, path in _pictures(options).items():
         mask = network.segment(image)

@@ -1,5 +1,6 @@
 """Pictures of what a network found on a photograph: boxes with names, and masks in colours."""
 
+import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,8 @@ LABELS = 256
 STRENGTH = 0.6
 # Brightness from which on a colour has black letters.
 BRIGHT = 128
+# The golden ratio, whose multiples spread evenly over a circle.
+GOLDEN = (5**0.5 - 1) / 2
 # Of a picture's longer side: a line's width, and the height of letters, in pixels at least 2 and 12.
 LINE, LETTERS = 1 / 300, 1 / 45
 
@@ -58,12 +61,11 @@ def draw_detections(
         (60, 40)
     """
     picture = load_image(image)
-    colours = palette()
     brush, font, width = _tools(picture)
     for i in np.argsort(found["scores"], kind="stable"):
         label = int(found["classes"][i])
-        # The first colour is black, which is that of the background.
-        colour = _colour(colours[1 + label % (LABELS - 1)])
+        # Bright ones, which a line shows on any photograph: neighbours are far apart.
+        colour = _colour(255 * np.array(colorsys.hsv_to_rgb(label * GOLDEN % 1, 0.85, 1)))
         left, top, right, bottom = (float(edge) for edge in found["boxes"][i])
         brush.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
         text = f"{name_of(label, labels)} {float(found['scores'][i]):.2f}"

@@ -9,6 +9,7 @@ from PIL import Image
 from skimage import data
 
 import keras_mnv2
+from keras_mnv2 import classifier, predictors
 from keras_mnv2.cli import main
 from tests.conftest import once
 from tests.helpers import randomise
@@ -38,6 +39,14 @@ def network():
         if layer.name.startswith(("box_", "class_")) and layer.name.endswith("project"):
             layer.set_weights([rng.normal(0, 0.2, layer.kernel.shape), rng.normal(0, 0.5, layer.bias.shape)])
     return model
+
+
+@pytest.fixture(scope="module")
+def saved(network, tmp_path_factory):
+    """Its file."""
+    path = tmp_path_factory.mktemp("saved") / "network.keras"
+    network.save(path)
+    return path
 
 
 def run(capsys, *arguments):
@@ -145,7 +154,8 @@ def test_pictures_show_boxes_and_masks():
     assert not changed[:29].any()
     assert not changed[:, :19].any()
     assert not changed[60:105, 30:170].any()
-    assert tuple(picture[109, 100]) == tuple(keras_mnv2.palette()[3])
+    assert picture[110, 100].max() == 255
+    assert picture[110, 100].min() < 100
     mask = np.zeros((120, 200), "int32")
     mask[60:, 100:] = 15
     picture = np.asarray(keras_mnv2.draw_mask(photograph, mask, [str(i) for i in range(21)], strength=0.5))
@@ -162,11 +172,10 @@ def test_pictures_show_boxes_and_masks():
             call()
 
 
-def test_the_command_draws_boxes(network, photographs, capsys, tmp_path):
-    network.save(tmp_path / "network.keras")
+def test_the_command_draws_boxes(network, saved, photographs, capsys, tmp_path):
     (tmp_path / "labels.txt").write_text("ant\nbee\ncat\n")
     image = photographs / "coffee.png"
-    options = ("--task", "detection", "--weights", tmp_path / "network.keras", "--labels", tmp_path / "labels.txt")
+    options = ("--task", "detection", "--weights", saved, "--labels", tmp_path / "labels.txt")
     options += ("--score", 0.3, "--out", tmp_path / "out", "--top", 4)
     status, out, err = run(capsys, "predict", image, *options, "--json")
     assert status == 0, err
@@ -195,14 +204,14 @@ def test_the_command_draws_boxes(network, photographs, capsys, tmp_path):
     assert out.splitlines()[1] == "nothing of a score of 1 or more"
 
 
-@pytest.mark.parametrize("activation", ["softmax", None])
-def test_the_command_draws_masks(activation, photographs, capsys, tmp_path):
+@once
+def test_the_command_draws_masks(photographs, capsys, tmp_path):
     model = keras_mnv2.DeepLabV3(
         (SIDE, SIDE, 3),
         alpha=0.35,
         weights_backbone=None,
         classes=3,
-        classifier_activation=activation,
+        classifier_activation=None,
         include_preprocessing=True,
     )
     rng = np.random.default_rng(0)
@@ -235,23 +244,29 @@ def test_the_command_draws_masks(activation, photographs, capsys, tmp_path):
 
 
 @once
-def test_pictures_of_one_name_are_numbered(network, photographs, capsys, tmp_path):
-    network.save(tmp_path / "network.keras")
+def test_pictures_of_one_name_are_numbered(saved, photographs, capsys, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         Image.open(photographs / "chelsea.png").save(tmp_path / folder / "1.jpg")
-    options = ("--task", "detection", "--weights", tmp_path / "network.keras", "--out", tmp_path / "out")
+    options = ("--task", "detection", "--weights", saved, "--out", tmp_path / "out")
     status, _, _ = run(capsys, "predict", tmp_path / "a" / "1.jpg", tmp_path / "b" / "1.jpg", *options)
     assert status == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"1_detection.png", "1_detection_2.png"}
 
 
-def test_a_model_of_another_task_is_named(network, photographs, capsys, tmp_path):
+@once
+def test_a_model_of_another_task_is_named(network, photographs, capsys, tmp_path, monkeypatch):
     common = {"alpha": 0.35, "classes": 3}
-    network.save(tmp_path / "network.keras")
-    keras_mnv2.MobileNetV2((32, 32, 3), weights=None, **common).save(tmp_path / "classes.keras")
-    keras_mnv2.DeepLabV3((32, 32, 3), weights_backbone=None, **common).save(tmp_path / "mask.keras")
-    (tmp_path / "taken").write_text("")
+    models = {
+        "network.keras": network,
+        "classes.keras": keras_mnv2.MobileNetV2((32, 32, 3), weights=None, **common),
+        "mask.keras": keras_mnv2.DeepLabV3((32, 32, 3), weights_backbone=None, **common),
+    }
+    for name in (*models, "taken"):
+        (tmp_path / name).write_text("")
+    # Reading a file takes seconds.
+    for module in (classifier, predictors):
+        monkeypatch.setattr(module, "load_image_model", lambda name, path: models[path.name])
     image = photographs / "coffee.png"
     detection, segmentation = ("--task", "detection", "--weights"), ("--task", "segmentation", "--weights")
     for words, *parts in (

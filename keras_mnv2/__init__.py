@@ -7,6 +7,7 @@ import keras_mnv2.backend  # noqa: F401  It chooses what Keras starts.  isort: s
 from keras_mnv2 import applications, layers, losses
 from keras_mnv2.classifier import Classifier, load_classifier
 from keras_mnv2.cost import CostProfile, cost_profile
+from keras_mnv2.drawing import draw_detections, draw_mask, palette
 from keras_mnv2.fold import fold_batch_norm
 from keras_mnv2.folders import class_folders
 from keras_mnv2.formats.accelerate import Accelerated, accelerate
@@ -16,6 +17,7 @@ from keras_mnv2.formats.runtimes import load_export
 from keras_mnv2.freeze import freeze, unfreeze
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.photographs import evaluation_data
+from keras_mnv2.predictors import Detector, Segmenter, load_detector, load_segmenter
 from keras_mnv2.preprocessing import (
     decode_predictions,
     load_image,
@@ -37,11 +39,13 @@ __all__ = [
     "Classifier",
     "CostProfile",
     "DeepLabV3",
+    "Detector",
     "ExportReport",
     "MobileNetV2",
     "Preprocessing",
     "SSDLite",
     "SegmentationCheckpoint",
+    "Segmenter",
     "TargetEncoder",
     "accelerate",
     "applications",
@@ -49,6 +53,8 @@ __all__ = [
     "cost_profile",
     "decode_predictions",
     "detector",
+    "draw_detections",
+    "draw_mask",
     "evaluation_data",
     "export",
     "fold_batch_norm",
@@ -57,10 +63,13 @@ __all__ = [
     "layers",
     "list_weights",
     "load_classifier",
+    "load_detector",
     "load_export",
     "load_image",
+    "load_segmenter",
     "load_weights",
     "losses",
+    "palette",
     "preprocess_input",
     "probabilities",
     "quantize_aware",

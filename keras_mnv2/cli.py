@@ -16,14 +16,19 @@ from typing import Any
 
 import keras
 import numpy as np
+from PIL import Image
 
-from keras_mnv2.checks import check_whole
-from keras_mnv2.classifier import IMAGENET, SCALES, Classifier, load_classifier, load_model
+from keras_mnv2.checks import check_number, check_whole
+from keras_mnv2.classifier import IMAGENET, Classifier, load_classifier
 from keras_mnv2.cost import cost_profile
+from keras_mnv2.drawing import draw_detections, draw_mask, name_of
+from keras_mnv2.files import folder_beside, move_results
 from keras_mnv2.folders import SUFFIXES, images_below
 from keras_mnv2.formats.export import FORMATS, IO_DTYPES, LAYOUTS, PRECISIONS, export
+from keras_mnv2.loading import SCALES, TASKS, load_model
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.photographs import evaluation_data
+from keras_mnv2.predictors import SCORE, Detector, Segmenter, load_detector, load_segmenter
 from keras_mnv2.preprocessing import SIDE, imagenet_labels, preprocessing_of, probabilities, scales_pixels
 from keras_mnv2.start import training
 from keras_mnv2.tables import in_columns
@@ -36,7 +41,13 @@ BAR = 30
 # Photographs that the ranges of 8-bit activations are taken from, evenly chosen.
 CALIBRATION_IMAGES = 200
 # What messages of the library's name arguments are options here.
-OPTIONS = {"model must": "--weights must", "alpha must": "--alpha must"}
+OPTIONS = {
+    "model must": "--weights must",
+    "alpha must": "--alpha must",
+    **{f"which {load} takes": f"which --task {task} takes" for task, (_, load) in TASKS.items()},
+}
+# Where the pictures of detections and masks go.
+PICTURES = "predictions"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,10 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    def add_weights(command: argparse.ArgumentParser) -> None:
+    def add_weights(command: argparse.ArgumentParser, default: str | None = "imagenet") -> None:
         command.add_argument(
             "--weights",
-            default="imagenet",
+            default=default,
             help="a published checkpoint by name, an hf:// address, a file of weights, a whole model as .keras, a run "
             "folder, or an exported file (.onnx, .tflite, .xml, .pt2, .pte or a SavedModel)",
         )
@@ -94,10 +105,26 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--alpha", type=float, help="width multiplier, for a file of weights (default 1.0)")
 
-    predict = add("predict", _predict, "names what is on photographs")
+    predict = add("predict", _predict, "names what is on photographs, and draws where it is")
     predict.add_argument("images", nargs="+", metavar="IMAGE")
-    predict.add_argument("--top", type=int, default=TOP, help="how many classes of each image (default 5)")
-    add_weights(predict)
+    predict.add_argument(
+        "--task",
+        choices=tuple(TASKS),
+        default="classification",
+        help="what the model does: of 'detection' and 'segmentation' a picture of each image is drawn, with boxes or a "
+        "mask in colours (default classification)",
+    )
+    predict.add_argument(
+        "--top", type=int, help="how many classes, or detections, of each image (default 5 classes, all detections)"
+    )
+    predict.add_argument("--score", type=float, help=f"least score of a detection (default {SCORE})")
+    predict.add_argument("--out", metavar="FOLDER", help=f"for the pictures (default {PICTURES})")
+    predict.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="with the name of a class a line; by default what the model says, or ImageNet's",
+    )
+    add_weights(predict, default=None)
 
     evaluate = add("evaluate", _evaluate, "top-1 and top-5 accuracy on a folder of class folders")
     evaluate.add_argument("folder", metavar="FOLDER")
@@ -153,22 +180,115 @@ def _version() -> str:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    check_whole("--top", options.top)
+    if options.top is not None:
+        check_whole("--top", options.top)
     for image in options.images:
         if not Path(image).is_file():
             raise FileNotFoundError(f"There is no image at {image!r}.")
+    for name, tasks in (("score", ("detection",)), ("out", ("detection", "segmentation"))):
+        if getattr(options, name) is not None and options.task not in tasks:
+            raise ValueError(
+                f"--{name} must be left out but for --task {' and '.join(tasks)}, got {getattr(options, name)!r}."
+            )
+    labels = None if options.labels is None else _lines(options.labels)
+    predict = {"classification": _predict_classes, "detection": _predict_boxes, "segmentation": _predict_masks}
+    try:
+        predict[options.task](options, labels)
+    except ValueError as error:
+        raise ValueError(_in_options(str(error))) from error
+
+
+def _predict_classes(options: argparse.Namespace, labels: Sequence[str] | None) -> None:
+    options.weights = options.weights or "imagenet"
     network = _loaded(_classifier(options))
     data = evaluation_data(options.images, weights=network.preprocessing, normalize=False)
     scores = probabilities(np.concatenate([network.scores(x) for (x,) in _read_ahead(data)]))
-    found = dict(zip(options.images, _best(scores, options.top), strict=True))
+    labels = network.labels if labels is None else labels
+    found = dict(zip(options.images, _best(scores, options.top or TOP, labels), strict=True))
     if options.json:
         print(json.dumps({image: [dataclasses.asdict(row) for row in rows] for image, rows in found.items()}, indent=2))
         return
     for image, rows in found.items():
         table = [(str(i + 1), row.name, row.wnid, f"{100 * row.probability:.2f} %") for i, row in enumerate(rows)]
         # Only ImageNet's classes have an id.
-        head = ("", "class", "WordNet id" if scores.shape[1] in IMAGENET else "", "probability")
+        head = ("", "class", "WordNet id" if any(row.wnid for row in rows) else "", "probability")
         print(f"{image}\n{_table(head, table, right=(0, 3))}\n")
+
+
+def _predict_boxes(options: argparse.Namespace, labels: Sequence[str] | None) -> None:
+    score = SCORE if options.score is None else options.score
+    check_number("--score", score, "a number from 0 to 1", lambda number: 0 <= number <= 1)
+    if options.weights is None:
+        raise ValueError("--weights must be a detector for --task detection, got none; no published one is known.")
+    network: Detector = _loaded(_network(load_detector, options))
+    labels = network.labels if labels is None else labels
+    results = {}
+    for image, path in _pictures(options).items():
+        found = {name: values[: options.top] for name, values in network.detect(image, score).items()}
+        _save(draw_detections(image, found, labels), path)
+        rows = [
+            {"index": int(label), "name": name_of(int(label), labels), "score": float(of), "box": box.tolist()}
+            for label, of, box in zip(found["classes"], found["scores"], found["boxes"], strict=True)
+        ]
+        results[image] = {"picture": str(path), "detections": rows}
+        if not options.json:
+            table = [
+                (str(i + 1), row["name"], f"{row['score']:.2f}", *(f"{edge:.1f}" for edge in row["box"]))
+                for i, row in enumerate(rows)
+            ]
+            head = ("", "class", "score", "left", "top", "right", "bottom")
+            told = _table(head, table, right=(0, *range(2, 7))) if rows else f"nothing of a score of {score:g} or more"
+            print(f"{image} -> {path}\n{told}\n")
+    if options.json:
+        print(json.dumps(results, indent=2))
+
+
+def _predict_masks(options: argparse.Namespace, labels: Sequence[str] | None) -> None:
+    options.weights = options.weights or list_weights(task="segmentation")[0].name
+    network: Segmenter = _loaded(_network(load_segmenter, options))
+    labels = network.labels if labels is None else labels
+    results = {}
+    for image, path in _pictures(options).items():
+        mask = network.segment(image)
+        _save(draw_mask(image, mask, labels), path)
+        counts = np.bincount(mask.ravel())
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)][: options.top]
+        rows = [
+            {"index": int(i), "name": name_of(int(i), labels), "share": float(counts[i] / mask.size)} for i in order
+        ]
+        results[image] = {"picture": str(path), "classes": rows}
+        if not options.json:
+            table = [(str(i + 1), row["name"], f"{100 * row['share']:.2f} %") for i, row in enumerate(rows)]
+            print(f"{image} -> {path}\n{_table(('', 'class', 'pixels'), table, right=(0, 2))}\n")
+    if options.json:
+        print(json.dumps(results, indent=2))
+
+
+def _pictures(options: argparse.Namespace) -> dict[str, Path]:
+    """The file of each image's picture: its name and the task, and a number where another image has that name."""
+    folder = Path(options.out or PICTURES)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out must be a folder, got the file {str(folder)!r}.")
+    names: collections.Counter[str] = collections.Counter()
+    paths = {}
+    for image in dict.fromkeys(options.images):
+        stem = Path(image).stem
+        names[stem] += 1
+        number = f"_{names[stem]}" if names[stem] > 1 else ""
+        paths[image] = folder / f"{stem}_{options.task}{number}.png"
+    return paths
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """Writes a picture, in the place of an earlier one of that name."""
+    with folder_beside(path) as scratch:
+        (scratch / "result").mkdir()
+        picture.save(scratch / "result" / path.name)
+        move_results(scratch / "result", path, scratch, overwrite=True)
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +299,12 @@ class _Guess:
     probability: float
 
 
-def _best(scores: np.ndarray, top: int) -> list[list[_Guess]]:
-    if scores.shape[1] in IMAGENET:
+def _best(scores: np.ndarray, top: int, labels: Sequence[str] | None) -> list[list[_Guess]]:
+    if labels is not None:
+        if len(labels) != scores.shape[1]:
+            raise ValueError(f"--labels must have {scores.shape[1]} names, one a line, got {len(labels)}.")
+        names = [("", label) for label in labels]
+    elif scores.shape[1] in IMAGENET:
         names = [("", "background"), *imagenet_labels()][-scores.shape[1] :]
     else:
         names = [("", f"class {i}") for i in range(scores.shape[1])]
@@ -238,18 +362,28 @@ def _read_ahead(data: keras.utils.PyDataset) -> Iterator[tuple[np.ndarray, ...]]
 
 def _classifier(options: argparse.Namespace) -> Classifier:
     """The classifier that the options name; one of the table is downloaded only when it is loaded."""
+    return _network(load_classifier, options)
+
+
+def _network(load: Callable[..., Any], options: argparse.Namespace) -> Any:
+    """What a function of the library loads of the network that the options name."""
     # A download's progress bar must not come between what is printed for other programs.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            found = load_classifier(options.weights, alpha=options.alpha, scale=options.scale)
+            found = load(options.weights, alpha=options.alpha, scale=options.scale)
         except ValueError as error:
-            raise ValueError(re.sub(r"^(model|alpha) must", lambda match: OPTIONS[match[0]], str(error))) from error
+            raise ValueError(_in_options(str(error))) from error
     if found.channels not in (None, 3):
         raise ValueError(f"The model must take RGB images, got one that takes {found.input_shape}.")
     return found
 
 
-def _loaded(network: Classifier) -> Classifier:
+def _in_options(told: str) -> str:
+    """An error of the library in the words of the command line."""
+    return re.sub(rf"\b(?<!--)({'|'.join(OPTIONS)})", lambda match: OPTIONS[match[0]], told)
+
+
+def _loaded(network: Any) -> Any:
     with contextlib.redirect_stdout(sys.stderr):
         network.load()
     return network
@@ -261,7 +395,7 @@ def _export(options: argparse.Namespace) -> None:
     format = options.format or suffixes.get(path.suffix, suffixes[""])
     labels = options.labels
     if labels not in (None, "imagenet"):
-        labels = Path(labels).read_text(encoding="utf-8").splitlines()
+        labels = _lines(labels)
     # A download's progress bar, and what the frameworks say, must not come between what is printed for programs.
     with contextlib.redirect_stdout(sys.stderr):
         if options.model.endswith(".keras"):

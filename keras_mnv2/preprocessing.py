@@ -114,8 +114,11 @@ def preprocessing_layer(
 
 
 def scales_pixels(model: keras.Model) -> bool:
-    """Whether `model` was built with `include_preprocessing`, and takes pixels of 0..255."""
-    return any(layer.name == "preprocess" for layer in model.layers)
+    """Whether `model`, or one inside it, was built with `include_preprocessing`, and takes pixels of 0..255."""
+    return any(
+        layer.name == "preprocess" or (isinstance(layer, keras.Model) and scales_pixels(layer))
+        for layer in model.layers
+    )
 
 
 def preprocessing_of(weights: str | Checkpoint | Preprocessing | None) -> Preprocessing:

@@ -10,6 +10,7 @@ from keras_mnv2 import ops
 from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.checks import check_choice, check_rate
 from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, ScaleShift
+from keras_mnv2.layers.detections import DefaultBoxes, Detections, JoinMaps
 from keras_mnv2.layers.fusing import Group, Part, role_of
 from keras_mnv2.norms import is_plain_batch_norm
 from keras_mnv2.ops.padding import spatial_padding
@@ -53,6 +54,8 @@ _COMPUTING = (
     keras.layers.Softmax,
     keras.layers.Add,
     keras.layers.Concatenate,
+    DefaultBoxes,
+    JoinMaps,
 )
 
 
@@ -219,6 +222,11 @@ def _quantized(layer: Any) -> Any:
     if type(layer) in (keras.layers.Rescaling, keras.layers.Normalization):
         axis = layer.axis[0] if isinstance(layer, keras.layers.Normalization) else -1
         return QuantizedScaleShift(axis=axis, name=layer.name, trainable=False, dtype=layer.dtype_policy)
+    if isinstance(layer, Detections):
+        raise ValueError(
+            "model must be the network of a detector, whose boxes and scores are no integers, got the layer "
+            f"{layer.name!r}; give the model of SSDLite, and then the result to keras_mnv2.detector."
+        )
     kind = _stock(type(layer))
     if kind in _MOVING:
         return kind.from_config(layer.get_config())

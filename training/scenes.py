@@ -73,7 +73,8 @@ def write(out: Path, parts: Mapping[str, Sequence["Scene"]], class_names: Sequen
 
 
 def _write_part(folder, of_part, class_names):
-    from .data.palette import palette
+    # Here, so that --help does not wait for a backend.
+    import keras_mnv2
 
     for name in ("images", "masks", "annotations"):
         (folder / name).mkdir()
@@ -83,7 +84,7 @@ def _write_part(folder, of_part, class_names):
         name, (height, width) = f"{i:05d}", scene.mask.shape
         Image.fromarray(scene.image).save(folder / "images" / f"{name}.png")
         mask = Image.fromarray(scene.mask, "L")
-        mask.putpalette(palette().tobytes())
+        mask.putpalette(keras_mnv2.palette().tobytes())
         mask.save(folder / "masks" / f"{name}.png")
         ElementTree.ElementTree(_voc(scene, f"{name}.png", class_names)).write(folder / "annotations" / f"{name}.xml")
         images.append({"id": i + 1, "file_name": f"{name}.png", "width": width, "height": height})

@@ -12,6 +12,7 @@ from keras_mnv2.formats.graphs import named
 from keras_mnv2.formats.processes import run_python
 from keras_mnv2.layers.detections import Detections
 from keras_mnv2.rewrite import layers_of
+from keras_mnv2.tasks.boxes import overlaps
 
 # The largest difference of an output, as a share of the largest output or of 1. A right export shows about 1e-6 in
 # float32, and where weights are rounded to 16 bits up to 0.03 in untrained networks; a wrong one about 1.
@@ -21,6 +22,10 @@ _SCALES = {"boxes": 1.0, "scores": 100.0, "classes": 1000.0}
 # For integers the mean error, as a share of the outputs' mean deviation from their mean: trained networks show some
 # hundredths, untrained ones up to 0.7, and outputs that say nothing 1 or more.
 LARGEST_MEAN_ERROR = 0.8
+# What two detections that are the same have in common.
+LEAST_OVERLAP = 0.5
+# Share of the detections, by score, that only the model or only the file has.
+LARGEST_DISAGREEMENT = {"float16": 0.1, "dynamic_int8": 0.5, "int8": 0.5}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class ExportReport:
         top1_agreement: share of the images whose largest score is of the same class; None unless the model has one
             output (batch, classes).
         size: of the file or folder, in bytes.
+        detections_agreement: of a detector, how far the file finds what the model finds: the share of all detections of
+            both, weighed by their scores, that have one of the same class in the other with an intersection over union
+            of at least 0.5. In other precisions than float32 the differences are those of these pairs; None unless the
+            model is a detector.
         reference_difference: for LiteRT's 8-bit integers, `largest_difference` with LiteRT's reference kernels, which
             microcontrollers compute bit for bit; its XNNPACK kernels give `largest_difference`. On up to 8 images.
     """
@@ -50,6 +59,7 @@ class ExportReport:
     top1_agreement: float | None
     size: int
     reference_difference: float | None = None
+    detections_agreement: float | None = None
 
     def __str__(self) -> str:
         if self.largest_difference is None:
@@ -60,6 +70,8 @@ class ExportReport:
         ]
         if self.top1_agreement is not None:
             words.append(f"top-1 agreement {self.top1_agreement:.2%}")
+        if self.detections_agreement is not None:
+            words.append(f"agreement of the detections {self.detections_agreement:.2%}")
         if self.reference_difference is not None:
             words.append(f"with LiteRT's reference kernels largest difference {self.reference_difference:.2g}")
         return ", ".join(words)
@@ -87,23 +99,35 @@ def compare(
     expected = runtimes.outputs_of(lambda x: _numpy(named(model, model.predict(x, verbose=0))), batches)
     with np.load(folder / "outputs.npz") as file:
         found = dict(file)
+    first = {name: y[: runtimes.REFERENCE_IMAGES] for name, y in _of_batch(expected, "0").items()}
     reference = {name: found.pop(name) for name in list(found) if name.startswith(runtimes.REFERENCE)}
     if len(model.outputs) == 1:
         # A single tensor of PyTorch has no name.
         found = dict(zip(sorted(expected), (found[name] for name in sorted(found)), strict=True))
     if {name: y.shape for name, y in found.items()} != {name: y.shape for name, y in expected.items()}:
         raise RuntimeError(f"The export has the outputs {_shapes(found)}, the model {_shapes(expected)}.")
+    agreement = of_detections = None
+    exact = precision == "float32" and not quantized and not computes_in_16_bits(model)
     if detects(model):
-        found = _in_order(expected, found)
+        both = [_pairs(*(_of_batch(of, number) for of in (expected, found))) for number in ("0", "1")]
+        of_detections = min(share for *_, share in both)
+        if exact:
+            found = _in_order(expected, found)
+        else:
+            expected, found = (
+                {f"{i}/{key}": y for i, pairs in enumerate(both) for key, y in pairs[side].items()} for side in (0, 1)
+            )
     errors = {name: np.abs(expected[name].astype("float64") - found[name]) for name in expected}
-    largest = max(float(error.max()) for error in errors.values())
-    mean = float(np.concatenate([error.ravel() for error in errors.values()]).mean())
-    agreement = None
+    largest = max(float(error.max(initial=0)) for error in errors.values())
+    mean = float(np.concatenate([np.zeros(1), *(error.ravel() for error in errors.values())]).mean())
     if len(model.outputs) == 1 and (scores := next(iter(expected.values()))).ndim == 2 and scores.shape[1] > 1:
         (name,) = (name for name in expected if name.startswith("0/"))
         agreement = float((expected[name].argmax(1) == found[name].argmax(1)).mean())
     # A last bit more or less rounds some numbers of a quantised model to another level.
-    if precision in LARGEST_DIFFERENCE and not quantized:
+    if of_detections is not None and not exact:
+        limit = LARGEST_DISAGREEMENT["float16" if precision == "float32" and not quantized else precision]
+        what, value = "its disagreement of the detections", 1 - of_detections
+    elif precision in LARGEST_DIFFERENCE and not quantized:
         scale = max(1.0, *(float(np.abs(y).max()) for y in expected.values()))
         # A model of 16 bits leaves in float32.
         limit = scale * LARGEST_DIFFERENCE["float16" if computes_in_16_bits(model) else precision]
@@ -117,12 +141,49 @@ def compare(
             f"may show {limit:.2g}; nothing was written."
         )
     other = None
-    if reference:
+    if reference and of_detections is not None:
+        mine, others, _ = _pairs(first, _of_batch(reference, runtimes.REFERENCE.rstrip("/")))
+        other = max(float(np.abs(mine[key] - others[key]).max(initial=0)) for key in mine)
+    elif reference:
         # In the order of the names, as above.
-        first = {name: y[: runtimes.REFERENCE_IMAGES] for name, y in sorted(expected.items()) if name.startswith("0/")}
-        pairs = list(zip(first.values(), (reference[name] for name in sorted(reference)), strict=True))
+        pairs = list(
+            zip((first[name] for name in sorted(first)), (reference[n] for n in sorted(reference)), strict=True)
+        )
         other = max(float(np.abs(y.astype("float64") - z).max()) for y, z in pairs)
-    return ExportReport(path, format, precision, len(images), largest, mean, agreement, size_of(target.parent), other)
+    return ExportReport(
+        path, format, precision, len(images), largest, mean, agreement, size_of(target.parent), other, of_detections
+    )
+
+
+def _of_batch(outputs: dict[str, np.ndarray], number: str) -> dict[str, np.ndarray]:
+    return {name.partition("/")[2]: y for name, y in outputs.items() if name.partition("/")[0] == number}
+
+
+def _pairs(
+    expected: dict[str, np.ndarray], found: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], float]:
+    """The detections of a batch that two have in common, of the one and of the other, and their share by score.
+
+    The best ones choose first. Two belong together where they have one class, and the intersection over union is at
+    least `LEAST_OVERLAP`.
+    """
+    lists: list[dict[str, list[np.ndarray]]] = [{"boxes": [], "scores": []} for _ in range(2)]
+    for i in range(len(expected["scores"])):
+        mine, others = ({key: y[i][of["classes"][i] >= 0] for key, y in of.items()} for of in (expected, found))
+        over = overlaps(mine["boxes"], others["boxes"])
+        over[mine["classes"][:, None] != others["classes"][None]] = 0
+        for row in range(len(over)):
+            if over.shape[1] and over[row].max() >= LEAST_OVERLAP:
+                column = int(over[row].argmax())
+                over[:, column] = 0
+                for kept, of, place in zip(lists, (mine, others), (row, column), strict=True):
+                    for key, values in kept.items():
+                        values.append(of[key][place].astype("float64"))
+    shapes = {"boxes": (-1, 4), "scores": (-1,)}
+    first, second = ({key: np.reshape(values, shapes[key]) for key, values in kept.items()} for kept in lists)
+    whole = sum(float(of["scores"][of["classes"] >= 0].sum(dtype="float64")) for of in (expected, found))
+    share = (first["scores"].sum() + second["scores"].sum()) / whole if whole else 1.0
+    return first, second, float(share)
 
 
 def detects(model: keras.Model) -> bool:

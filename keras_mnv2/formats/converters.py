@@ -15,6 +15,8 @@ import numpy as np
 
 # What a file of integers has beside it, in float32, for its exact numbers.
 REFERENCE = ".reference.tflite"
+# What the SavedModel of a last layer that stays in float32 is called after the other one, and the file that is made.
+APART, BEHIND = "_apart", ".behind.tflite"
 
 
 def to_litert(
@@ -29,8 +31,9 @@ def to_litert(
     """A SavedModel to a `.tflite` file by TensorFlow's converter.
 
     Args:
-        source: the SavedModel.
-        target: file to write. Beside one of `"int8"` from calibration, one in float32 (`REFERENCE`) is left.
+        source: the SavedModel. One of its last layer may lie beside it (`APART`): a file in float32 is made of it.
+        target: file to write. Beside one of `"int8"` from calibration, one in float32 (`REFERENCE`) is left, and that
+            of the last layer (`BEHIND`).
         precision: `"float32"`, `"float16"`, `"dynamic_int8"` or `"int8"`.
         calibration: for `"int8"`, a `.npy` file of images that the ranges of the activations are taken from.
         quantized: whether the graph has ranges of its own, from quantisation-aware training.
@@ -38,6 +41,9 @@ def to_litert(
     """
     import tensorflow as tf
 
+    behind = source.with_name(source.name + APART)
+    if behind.is_dir():
+        target.with_suffix(BEHIND).write_bytes(tf.lite.TFLiteConverter.from_saved_model(str(behind)).convert())
     converter = tf.lite.TFLiteConverter.from_saved_model(str(source))
     if precision == "int8" and not quantized:
         target.with_suffix(REFERENCE).write_bytes(converter.convert())

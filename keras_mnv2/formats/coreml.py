@@ -13,6 +13,7 @@ def convert(
     precision: str = "float32",
     pixels: bool = False,
     labels: list[str] | None = None,
+    detects: bool = False,
     **_: Any,
 ) -> None:
     """Converts a program with coremltools, which runs on each system; the package runs on Apple's alone.
@@ -25,6 +26,7 @@ def convert(
         precision: of what the package computes with, `"float32"` or `"float16"`.
         pixels: whether the input is an image for Core ML: RGB pixels of 0..255, or grey ones.
         labels: names of the classes; the package is then a classifier, which also gives the best one, `classLabel`.
+        detects: whether the program decodes boxes behind its convolutions: that stays in float32.
     """
     # coremltools would import TensorFlow, after which PyTorch's CUDA build crashes.
     sys.modules["tensorflow"] = None  # type: ignore[assignment]
@@ -39,18 +41,34 @@ def convert(
         taken = coremltools.ImageType(name=input_name, shape=shape, color_layout=colours)
     else:
         taken = coremltools.TensorType(name=input_name, shape=shape)
+    how = getattr(coremltools.precision, precision.upper())
+    if detects and precision == "float16":
+        how = coremltools.transform.FP16ComputePrecision(op_selector=_leads_to_convolution)
     model = coremltools.convert(
         program,
         inputs=[taken],
         outputs=[coremltools.TensorType(name=name) for name in output_names],
         classifier_config=None if labels is None else coremltools.ClassifierConfig(labels),
         convert_to="mlprogram",
-        compute_precision=getattr(coremltools.precision, precision.upper()),
+        compute_precision=how,
         minimum_deployment_target=coremltools.target.iOS16,
         skip_model_load=True,
     )
     _check(model.get_spec(), program, input_name, output_names, pixels, labels)
     model.save(str(target))
+
+
+def _leads_to_convolution(operation: Any) -> bool:
+    """Whether an operation is a convolution, or some way from it leads to one."""
+    seen, waiting = set(), [operation]
+    while waiting:
+        one = waiting.pop()
+        if one.op_type == "conv":
+            return True
+        if id(one) not in seen:
+            seen.add(id(one))
+            waiting += [child for output in one.outputs for child in output.child_ops]
+    return False
 
 
 def _check(

@@ -26,6 +26,7 @@ from keras_mnv2.formats.graphs import (
 )
 from keras_mnv2.formats.images import check_page, finish_litert, preprocessing_of_model, takes_pixels
 from keras_mnv2.formats.processes import run_python
+from keras_mnv2.layers.detections import Detections
 from keras_mnv2.preprocessing import imagenet_labels, scales_pixels
 from keras_mnv2.quantize import is_quantized
 from keras_mnv2.rewrite import copy_weights, layers_of
@@ -183,13 +184,14 @@ def export(
         if format in converters.CONVERTERS or format == "web":
             options: dict[str, Any] = {"input_name": input_name(model), "output_names": output_names(source)}
             options |= {"precision": precision, "io_dtype": io_dtype, "quantized": quantized}
-            options |= {"opset": opset, "layout": layout}
+            options |= {"opset": opset, "layout": layout, "detects": detects(model)}
             if format == "coreml":
                 options |= {"labels": labels, "pixels": _takes_image(model)}
             if calibration is not None:
                 np.save(folder / "calibration.npy", calibration)
                 options["calibration"] = str(folder / "calibration.npy")
-            _convert(source, folder, "onnx" if format == "web" else format, checked, json.dumps(options))
+            apart = _decoding(source) if format == "litert" and precision != "float32" else None
+            _convert(source, folder, "onnx" if format == "web" else format, checked, json.dumps(options), apart)
             if format == "litert":
                 finish_litert(model, target, precision, how, labels, calibration)
         elif format == "keras":
@@ -224,11 +226,6 @@ def _check(
     check_choice("io_dtype", io_dtype, IO_DTYPES)
     if io_dtype != IO_DTYPES[0] and format != "litert":
         raise ValueError(f'io_dtype must be left out but for format="litert", got {io_dtype!r} for {format!r}.')
-    if precision in ("int8", "dynamic_int8") and detects(model):
-        raise ValueError(
-            f'precision must be "float32" or "float16" for a model of detections, whose boxes and sorting need real '
-            f"numbers, got {precision!r}; the network of SSDLite alone takes it."
-        )
     quantized = is_quantized(model)
     if quantized and precision == "float16":
         raise ValueError('precision must be "float32" or "int8" for a model of quantize_aware, got \'float16\'.')
@@ -363,22 +360,43 @@ def _in_float32(model: keras.Model) -> keras.Model:
     return copy
 
 
-def _convert(model: keras.Model, folder: Path, format: str, target: Path, options: str) -> None:
+def _decoding(model: keras.Model) -> str | None:
+    """The name of the layer that decodes a detector's boxes, which computes in float32 in each precision.
+
+    Raises:
+        ValueError: where it is inside another model.
+    """
+    if not detects(model):
+        return None
+    names = [layer.name for layer in model.layers if isinstance(layer, Detections)]
+    if len(names) != 1:
+        raise ValueError(
+            'precision must be "float32" in LiteRT for a detector inside another model, got one inside '
+            f"{model.name!r}; export the detector itself."
+        )
+    return names[0]
+
+
+def _convert(
+    model: keras.Model, folder: Path, format: str, target: Path, options: str, apart: str | None = None
+) -> None:
     """Writes the model's graph and converts it: in two steps here, or both in a child with the right backend."""
     graph = folder / ("graph.pt2" if FORMATS[format].backend == "torch" else "graph")
     if not _is_active(format):
-        _cross_over(model, folder, format, graph, None, target, options)
+        _cross_over(model, folder, format, graph, None, target, options, apart=apart)
         return
-    _write(model, graph, format)
+    _write(model, graph, format, apart=apart)
     run_python(converters.__file__, format, graph, target, options)
 
 
-def _write(model: keras.Model, path: Path, format: str, labels: list[str] | None = None) -> None:
+def _write(
+    model: keras.Model, path: Path, format: str, labels: list[str] | None = None, apart: str | None = None
+) -> None:
     try:
         if FORMATS[format].backend == "torch":
             write_exported_program(model, path, **_program(model, format))
         else:
-            write_saved_model(model, path, labels)
+            write_saved_model(model, path, labels, apart)
     except Exception as error:
         # Both frameworks have errors of many kinds, and of many lines.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
@@ -386,7 +404,13 @@ def _write(model: keras.Model, path: Path, format: str, labels: list[str] | None
 
 
 def _cross_over(
-    model: keras.Model, folder: Path, format: str, graph: Path, labels: list[str] | None, *conversion: Any
+    model: keras.Model,
+    folder: Path,
+    format: str,
+    graph: Path,
+    labels: list[str] | None,
+    *conversion: Any,
+    apart: str | None = None,
 ) -> None:
     """Writes the model's graph, and converts it where `conversion` asks for it, in a child with the right backend."""
     backend = FORMATS[format].backend
@@ -399,7 +423,9 @@ def _cross_over(
             f"{backend}, got {names} of the script itself."
         )
     model.save(folder / "model.keras")
-    about = json.dumps({"labels": labels, "program": _program(model, format), "modules": sorted(modules)})
+    about = json.dumps(
+        {"labels": labels, "apart": apart, "program": _program(model, format), "modules": sorted(modules)}
+    )
     run_python("-m", graphs.__name__, format, folder / "model.keras", graph, about, *conversion, backend=backend)
 
 

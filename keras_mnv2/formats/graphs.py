@@ -11,20 +11,22 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
 from keras_mnv2.annotations import Tensor
-from keras_mnv2.formats.converters import CONVERTERS
+from keras_mnv2.formats.converters import APART, CONVERTERS
 
 # Pixels of a side that is free, for tracing; the graph keeps it free.
 TRACED_SIDE = 64
 
 
-def write_saved_model(model: keras.Model, path: Path, labels: Sequence[str] | None = None) -> None:
+def write_saved_model(
+    model: keras.Model, path: Path, labels: Sequence[str] | None = None, apart: str | None = None
+) -> None:
     """Writes a SavedModel, on TensorFlow.
 
     The signature `serving_default`, and the function `serve`, take a batch of any size and give a dict with the
@@ -34,14 +36,41 @@ def write_saved_model(model: keras.Model, path: Path, labels: Sequence[str] | No
         model: built, with one input.
         path: folder to write.
         labels: names of the classes, written one a line as the asset `labels`.
+        apart: name of the model's last layer, which is then a SavedModel of its own beside the other
+            (`converters.APART`). Its inputs, the outputs of the other, are called by their order.
     """
+
+    def whole(x: Tensor) -> dict[str, Tensor]:
+        return named(model, model(x, training=False))
+
+    if apart is None:
+        _save(path, whole, {input_name(model): model.inputs[0]}, model.variables, labels)
+        return
+    layer = model.get_layer(apart)
+    between = {f"part_{i}": x for i, x in enumerate(layer.input)}
+    network = keras.Model(model.inputs[0], list(between.values()))
+
+    def parts(x: Tensor) -> dict[str, Tensor]:
+        return dict(zip(between, network(x, training=False), strict=True))
+
+    _save(path, parts, {input_name(model): model.inputs[0]}, network.variables, labels)
+    beside = path.with_name(path.name + APART)
+    _save(beside, lambda *given: named(model, layer(list(given))), between, layer.variables, None)
+
+
+def _save(
+    path: Path,
+    serve: Callable[..., dict[str, Tensor]],
+    inputs: dict[str, keras.KerasTensor],
+    variables: Sequence[Any],
+    labels: Sequence[str] | None,
+) -> None:
     import tensorflow as tf
 
     module = tf.Module()
-    module.weights = [variable.value for variable in model.variables]
-    image = model.inputs[0]
-    specification = tf.TensorSpec(image.shape, image.dtype, name=input_name(model))
-    module.serve = tf.function(lambda x: named(model, model(x, training=False)), input_signature=[specification])
+    module.weights = [variable.value for variable in variables]
+    given = [tf.TensorSpec(x.shape, x.dtype, name=name) for name, x in inputs.items()]
+    module.serve = tf.function(serve, input_signature=given)
     signatures = {"serving_default": module.serve.get_concrete_function()}
     with tempfile.TemporaryDirectory() as folder:
         if labels is not None:
@@ -139,7 +168,8 @@ def output_names(model: keras.Model) -> list[str]:
 def main() -> None:
     """`FORMAT MODEL.keras GRAPH ABOUT`, and `TARGET OPTIONS` of a converter to convert the graph in this process.
 
-    `ABOUT` is JSON: the labels, how a program of PyTorch is written, and the modules of the model's classes.
+    `ABOUT` is JSON: the labels, a layer that is written apart, how a program of PyTorch is written, and the modules of
+    the model's classes.
     """
     format, source, graph, about, *conversion = sys.argv[1:]
     about = json.loads(about)
@@ -149,7 +179,7 @@ def main() -> None:
     if keras.backend.backend() == "torch":
         write_exported_program(model, Path(graph), **about["program"])
     else:
-        write_saved_model(model, Path(graph), about["labels"])
+        write_saved_model(model, Path(graph), about["labels"], about["apart"])
     if conversion:
         target, options = conversion
         CONVERTERS[format](Path(graph), Path(target), **json.loads(options))

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_mnv2.formats import converters
-from keras_mnv2.formats.litert_file import fold_scaling
+from keras_mnv2.formats.litert_file import fold_scaling, joined
 from keras_mnv2.formats.litert_integers import round_by_images
 from keras_mnv2.formats.litert_metadata import with_metadata
 from keras_mnv2.preprocessing import SIDE, preprocessing_of
@@ -64,8 +64,12 @@ def finish_litert(
         exact = reference.read_bytes() if reference.exists() else None
         if exact is not None and calibration is not None:
             content = round_by_images(content, exact, calibration)
-        content = fold_scaling(content, exact)
+        content = fold_scaling(content, exact, calibration)
         reference.unlink(missing_ok=True)
+    behind = target.with_suffix(converters.BEHIND)
+    if behind.exists():
+        content = joined(content, behind.read_bytes())
+        behind.unlink()
     shape = model.inputs[0].shape
     if len(shape) == 4 and shape[-1] in (1, 3):
         scaled = takes_pixels(model)

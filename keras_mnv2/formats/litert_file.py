@@ -44,7 +44,7 @@ def operators(content: bytes) -> list[tuple[str, int]]:
     ]
 
 
-def fold_scaling(content: bytes, reference: bytes | None = None) -> bytes:
+def fold_scaling(content: bytes, reference: bytes | None = None, images: np.ndarray | None = None) -> bytes:
     """Takes the scaling of pixels at the start of an 8-bit file into the first convolution, which then reads pixels.
 
     Scaling as an operator of integers rounds the pixels once more, and to fewer levels than they have. Here the
@@ -55,6 +55,8 @@ def fold_scaling(content: bytes, reference: bytes | None = None) -> bytes:
     Args:
         content: of a `.tflite` file of 8-bit integers.
         reference: of the same model in float32, for its exact numbers; without it those of the integers are taken.
+        images: (number, height, width, channels), as the model takes them: the bias then moves by what rounding the
+            kernel moves the mean of its sum, as in `litert_integers.round_by_images`, whose bias it replaces.
 
     Returns:
         A `.tflite` file; the same where it does not start with a scaling and a convolution of known size.
@@ -77,7 +79,10 @@ def fold_scaling(content: bytes, reference: bytes | None = None) -> bytes:
     steps = np.where(steps == 0, 1, steps)
     rounded = np.round(kernel / steps[:, None, None, None])
     # With the rounded kernel: its error then counts from the pixel that is scaled to zero, not from black.
-    bias = exact.bias + (rounded * steps[:, None, None, None] * exact.shift / exact.scale).sum(axis=(1, 2, 3))
+    made = rounded * steps[:, None, None, None]
+    bias = exact.bias + (made * exact.shift / exact.scale).sum(axis=(1, 2, 3))
+    if images is not None:
+        bias += ((exact.kernel - made / exact.scale) * _means(exact, images)).sum(axis=(1, 2, 3))
     _set(model, graph.tensors[start.conv.inputs[1]], rounded, "int8", steps)
     _set(model, graph.tensors[start.conv.inputs[2]], np.round(bias / (step * steps)), "int32", step * steps)
 
@@ -179,6 +184,24 @@ def _read_start(model: Any) -> _Start | None:
     return _Start(tensor, names, scale, shift, pads, kernel, bias, operator, left_out)
 
 
+def _means(start: _Start, images: np.ndarray) -> np.ndarray:
+    """The mean over images and places of what each number of the kernel is multiplied by, (height, width, inputs)."""
+    options = start.conv.builtinOptions
+    _, rows, columns, _ = start.kernel.shape
+    dilations = (options.dilationHFactor, options.dilationWFactor)
+    strides = (options.strideH, options.strideW)
+    sums = np.zeros(start.kernel.shape[1:])
+    for image in images:
+        x = np.pad(image * start.scale + start.shift, start.pads[1:])
+        reach = [(n - 1) * dilation for n, dilation in zip((rows, columns), dilations, strict=True)]
+        ends = [side - far for side, far in zip(x.shape, reach, strict=False)]
+        for i, j in np.ndindex(rows, columns):
+            top, left = i * dilations[0], j * dilations[1]
+            seen = x[top : top + ends[0] : strides[0], left : left + ends[1] : strides[1]]
+            sums[i, j] += seen.mean(axis=(0, 1)) / len(images)
+    return sums
+
+
 def _pixels_of(graph: Any, start: _Start) -> tuple[float, int]:
     """Step and zero of the input; those of bytes where its range, of the calibration, is one of pixels."""
     image = graph.tensors[start.tensor].quantization
@@ -235,6 +258,49 @@ def _padded(model: Any, start: _Start, border: np.ndarray) -> list[Any]:
         for part, value, one in zip(parts, values, made, strict=True)
     ]
     return [split, *padded, join]
+
+
+def joined(content: bytes, behind: bytes) -> bytes:
+    """One file of two: the second runs on the outputs of the first, integers among them as real numbers.
+
+    Args:
+        content: of a `.tflite` file, with one signature.
+        behind: of another one, whose inputs are called as the outputs of the first are.
+
+    Returns:
+        A `.tflite` file with the inputs of the first and the outputs of the second.
+    """
+    model, other = read_file(content), read_file(behind)
+    (graph,), (last,) = model.subgraphs, other.subgraphs
+    (signature,), (end,) = model.signatureDefs, other.signatureDefs
+    ends = {one.name: graph.tensors[one.tensorIndex] for one in signature.outputs}
+    numbers_of = {one.name: one.tensorIndex for one in signature.outputs}
+    codes, buffers, count = len(model.operatorCodes), len(model.buffers), len(graph.tensors)
+    model.operatorCodes += other.operatorCodes
+    model.buffers += other.buffers
+    graph.tensors += last.tensors
+    for tensor in last.tensors:
+        tensor.buffer += buffers
+    number = {-1: -1, **{i: i + count for i in range(len(last.tensors))}}
+    between = []
+    for one in end.inputs:
+        if ends[one.name].type == last.tensors[one.tensorIndex].type:
+            number[one.tensorIndex] = numbers_of[one.name]
+            continue
+        code = _code_of(model, "DEQUANTIZE", 2)
+        given, made = numbers_of[one.name], number[one.tensorIndex]
+        between.append(_operator(code, [given], [made], "DequantizeOptions"))
+    for operator in last.operators:
+        operator.opcodeIndex += codes
+        for name in ("inputs", "outputs"):
+            setattr(operator, name, np.array([number[int(i)] for i in getattr(operator, name)], "int32"))
+    graph.operators = [*graph.operators, *between, *last.operators]
+    for one in end.outputs:
+        one.tensorIndex = number[one.tensorIndex]
+    signature.outputs = end.outputs
+    graph.outputs = np.array([one.tensorIndex for one in end.outputs], "int32")
+    drop_unused(model)
+    return file_of(model)
 
 
 def _code(model: Any, operator: Any) -> Any:

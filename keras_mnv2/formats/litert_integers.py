@@ -6,6 +6,7 @@ of its own, and biases are corrected as in 8-bit ONNX files (`onnx_integers.py`)
 
 import copy
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -47,13 +48,18 @@ def round_by_images(content: bytes, reference: bytes, images: np.ndarray) -> byt
         images: as the model takes them, (number, height, width, channels).
 
     Returns:
-        A `.tflite` file; the same where the two files have not the same operators.
+        A `.tflite` file; the same, with a warning, where the two files have not the same operators.
     """
     model, exact = read_file(content), read_file(reference)
     graph, floats = model.subgraphs[0], exact.subgraphs[0]
     integers = [operator for operator in graph.operators if operator_name(model, operator) != "QUANTIZE"]
     names = [operator_name(model, operator) for operator in integers]
     if names != [operator_name(exact, operator) for operator in floats.operators]:
+        warnings.warn(
+            "The 8-bit file keeps the ranges and biases of TensorFlow's converter, since its operators are others than "
+            "in float32: what the images say of them is not used.",
+            stacklevel=2,
+        )
         return content
     triples = list(zip(names, integers, list(floats.operators), strict=True))
     free = _free(model)

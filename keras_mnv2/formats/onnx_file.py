@@ -39,6 +39,7 @@ def write_onnx(
     layout: str | None = None,
     calibration: str = "",
     quantized: bool = False,
+    detects: bool = False,
     **_: Any,
 ) -> None:
     """A `.pt2` file to an ONNX file by PyTorch's exporter; ONNX Runtime then removes what cancels out.
@@ -53,6 +54,8 @@ def write_onnx(
         layout: `"NCHW"` or `"NHWC"`, of the images that the file takes, where the program takes the other one.
         calibration: for `"int8"`, a `.npy` file of images that the ranges of the activations are taken from.
         quantized: whether the graph has ranges of its own, from quantisation-aware training.
+        detects: whether the graph decodes boxes behind its convolutions: that stays in float32 in each precision. In
+            half precision areas of boxes overflow, and with 8 bits scores would be equal.
     """
     # Beside this file, which is not run as part of a package.
     integers = runpy.run_path(str(Path(__file__).with_name("onnx_integers.py")))
@@ -86,11 +89,11 @@ def write_onnx(
             if layout is not None:
                 images = np.moveaxis(images, *((-1, 1) if layout == "NCHW" else (1, -1)))
             integers["correct_biases"](model, images)
-            integers["round_by_images"](model, images)
+            integers["round_by_images"](model, images, _network(graph) if detects else None)
         integers["round_what_moves"](graph)
         integers["round_weights"](graph, trained=quantized)
     if precision == "float16":
-        _in_float16(graph)
+        _in_float16(model, _network(graph) if detects else list(graph.node))
     _remove_unused(graph)
     _set_opset(model, opset)
     onnx.checker.check_model(model, full_check=True)
@@ -202,27 +205,68 @@ def _reduced_axes(graph: Any, node: Any) -> list[int]:
     return next(list(attribute.ints) for attribute in node.attribute if attribute.name == "axes")
 
 
-def _in_float16(graph: Any) -> None:
-    """Weights and computation in 16 bits, between an input and outputs that stay as they are."""
-    for weight in graph.initializer:
-        if weight.data_type == onnx.TensorProto.FLOAT:
-            with np.errstate(over="ignore"):
-                values = numpy_helper.to_array(weight).astype(np.float16)
-            if not np.isfinite(values).all():
-                raise ValueError(f"the weights {weight.name!r} are too large for float16")
-            weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    for node in graph.node:
+def _network(graph: Any) -> list[Any]:
+    """The convolutions, and what leads to them."""
+    found: list[Any] = []
+    wanted: set[str] = set()
+    for node in reversed(graph.node):
+        if node.op_type == "Conv" or wanted & set(node.output):
+            found.insert(0, node)
+            wanted |= set(node.input)
+    return found
+
+
+def _in_float16(model: Any, nodes: list[Any]) -> None:
+    """Weights and computation of these nodes in 16 bits; input, outputs and what other nodes compute stay as they are.
+
+    Raises:
+        ValueError: where a weight is too large.
+    """
+    graph = model.graph
+    floats, halves = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    known = [*inferred.value_info, *inferred.input, *inferred.output]
+    real = {value.name for value in known if value.type.tensor_type.elem_type == floats}
+    inside = {id(node) for node in nodes}
+    made = {name for node in nodes for name in node.output}
+    weights = {weight.name: weight for weight in graph.initializer if weight.data_type == floats}
+    read_elsewhere = {name for node in graph.node if id(node) not in inside for name in node.input}
+    read_elsewhere |= {value.name for value in graph.output}
+    half: dict[str, str] = {}
+    for node in nodes:
         for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == onnx.TensorProto.FLOAT:
-                attribute.i = onnx.TensorProto.FLOAT16
-    floats = onnx.TensorProto.FLOAT
-    for value in (value for value in graph.input if value.type.tensor_type.elem_type == floats):
-        _rename(graph, value.name, f"{value.name}_half", inputs=True)
-        half = helper.make_node("Cast", [value.name], [f"{value.name}_half"], to=onnx.TensorProto.FLOAT16)
-        graph.node.insert(0, half)
-    for value in (value for value in graph.output if value.type.tensor_type.elem_type == floats):
-        _rename(graph, value.name, f"{value.name}_half", inputs=True, outputs=True)
-        graph.node.append(helper.make_node("Cast", [f"{value.name}_half"], [value.name], to=floats))
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == floats:
+                attribute.i = halves
+        for i, name in enumerate(node.input):
+            if name in weights and name not in half:
+                half[name] = _halved(graph, weights[name], name in read_elsewhere)
+            elif name in real and name not in made and name not in half:
+                half[name] = f"{name}_half"
+                place = next((k + 1 for k, other in enumerate(graph.node) if name in other.output), 0)
+                graph.node.insert(place, helper.make_node("Cast", [name], [half[name]], to=halves))
+            node.input[i] = half.get(name, name)
+    for node in nodes:
+        for name in [name for name in node.output if name in real and name in read_elsewhere]:
+            for other in nodes:
+                other.input[:] = [f"{name}_half" if i == name else i for i in other.input]
+            node.output[:] = [f"{name}_half" if o == name else o for o in node.output]
+            place = list(graph.node).index(node) + 1
+            graph.node.insert(place, helper.make_node("Cast", [f"{name}_half"], [name], to=floats))
+
+
+def _halved(graph: Any, weight: Any, is_read_elsewhere: bool) -> str:
+    """The name of a weight in 16 bits, which takes its place where no other node reads it."""
+    with np.errstate(over="ignore"):
+        values = numpy_helper.to_array(weight).astype(np.float16)
+    if not np.isfinite(values).all():
+        raise ValueError(f"the weights {weight.name!r} are too large for float16")
+    name = f"{weight.name}_half" if is_read_elsewhere else weight.name
+    halved = numpy_helper.from_array(values, name)
+    if is_read_elsewhere:
+        graph.initializer.append(halved)
+    else:
+        weight.CopyFrom(halved)
+    return name
 
 
 def _rename(graph: Any, old: str, new: str, inputs: bool = False, outputs: bool = False) -> None:

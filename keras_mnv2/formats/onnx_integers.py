@@ -64,10 +64,16 @@ def round_as_trained(graph: Any) -> None:
         _drop_limit(graph, clip, scale, zero, constants)
 
 
-def round_by_images(model: Any, images: np.ndarray) -> None:
-    """Rounds each activation between convolutions to the range that `images` give it."""
+def round_by_images(model: Any, images: np.ndarray, nodes: list[Any] | None = None) -> None:
+    """Rounds each activation between convolutions to the range that `images` give it.
+
+    Args:
+        model: it is changed.
+        images: as it takes them.
+        nodes: what computes with integers, where that is not all; what other nodes read stays real.
+    """
     graph = model.graph
-    names = list(_activations(graph))
+    names = list(_activations(graph, nodes))
     ranges = calibrate(model, names, images)
     constants = _constants(graph)
     sources = {name: _moved_from(graph, name) for name in names}
@@ -231,17 +237,18 @@ def _values(model: Any, names: list[str], images: np.ndarray) -> Iterator[tuple[
         yield from zip(wanted, session.run(wanted, {image: x}), strict=True)
 
 
-def _activations(graph: Any) -> Iterator[str]:
+def _activations(graph: Any, nodes: list[Any] | None) -> Iterator[str]:
     """The tensors to round, each once: what integer operations read, and what convolutions give."""
     constants, seen = _constants(graph), set()
     wanted: list[str] = []
-    for node in graph.node:
+    for node in graph.node if nodes is None else nodes:
         data = [name for name in node.input if name not in constants]
         joins = node.op_type in _JOINING and len(data) > 1
         weighted = node.op_type in _WEIGHTED and node.input[1] in constants
         if weighted or node.op_type in _POOLINGS or joins:
             wanted += data if joins else data[:1]
-        if node.op_type == "Conv" or joins or node.op_type in _POOLINGS:
+        is_read = nodes is None or any(node.output[0] in other.input for other in nodes)
+        if is_read and (node.op_type == "Conv" or joins or node.op_type in _POOLINGS):
             wanted.append(_limited(graph, node.output[0]))
     for name in wanted:
         # What is moved is rounded before, too.

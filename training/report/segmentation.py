@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+import keras_mnv2
+
 from ..data.inputs import Inputs
 from ..data.masks import IGNORED
-from ..data.palette import palette
 from ..state.run_folder import Run
 from . import metrics, page, summary
 
@@ -81,7 +82,7 @@ def painted(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Returns:
         Bytes (height, width, 3).
     """
-    colours = palette().astype("float32")
+    colours = keras_mnv2.palette().astype("float32")
     colours[IGNORED] = 255
     grey = image.astype("float32").mean(axis=-1, keepdims=True)
     return (grey * (1 - STRENGTH) + colours[labels] * STRENGTH).round().astype("uint8")

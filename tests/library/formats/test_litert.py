@@ -11,7 +11,7 @@ import keras_mnv2
 from keras_mnv2.formats import converters
 from keras_mnv2.formats.graphs import write_saved_model
 from keras_mnv2.formats.images import finish_litert, takes_pixels
-from keras_mnv2.formats.litert_file import operators, read_file
+from keras_mnv2.formats.litert_file import file_of, fold_scaling, operators, read_file
 from keras_mnv2.formats.litert_integers import round_by_images
 from keras_mnv2.formats.runtimes import reference_outputs
 from tests.conftest import once, once_on
@@ -144,9 +144,9 @@ def test_rounding_costs_no_mean_and_ranges_are_whole(rng, tmp_path):
         assert {key: y.shape for key, y in found.items()} == {key: y.shape for key, y in expected.items()}
         return np.abs((found["maps"] - expected["maps"]).mean(axis=(0, 1, 2))).mean()
 
-    before = error_of_means()
+    before, content = error_of_means(), path.read_bytes()
     reference = path.with_suffix(converters.REFERENCE).read_bytes()
-    path.write_bytes(round_by_images(path.read_bytes(), reference, images))
+    path.write_bytes(round_by_images(content, reference, images))
     assert error_of_means() < before / 4
     # Whole ranges: what few images need is not cut off. A mean has its own.
     for name, values in (
@@ -155,6 +155,40 @@ def test_rounding_costs_no_mean_and_ranges_are_whole(rng, tmp_path):
     ):
         step = (max(values.max(), 0) - min(values.min(), 0)) / 255
         assert step_behind(path, name) == pytest.approx(step, rel=1e-4)
+    # What cannot be mended is told.
+    other = read_file(reference)
+    other.subgraphs[0].operators.pop()
+    with pytest.warns(UserWarning, match="keeps the ranges and biases of TensorFlow's converter"):
+        assert round_by_images(content, file_of(other), images) == content
+
+
+@once_on("tensorflow")
+@pytest.mark.parametrize("strides", [1, 2])
+def test_the_corrected_bias_survives_the_scaling(strides, rng, tmp_path):
+    """Of dark images: what rounding takes from the kernel of the first convolution, its bias gives back."""
+    image = keras.Input((16, 17, 3))
+    scaled = keras.layers.Normalization(mean=[120, 110, 200], variance=[60**2, 30**2, 90**2])(image)
+    model = keras.Model(image, keras.layers.Conv2D(16, 3, strides=strides, padding="same")(scaled))
+    for weight in model.trainable_weights:
+        weight.assign(rng.normal(0, 1, weight.shape))
+    images = rng.integers(0, 40, (24, 16, 17, 3)).astype("float32")
+    path = tmp_path / "a.tflite"
+    np.save(tmp_path / "images.npy", images)
+    write_saved_model(model, tmp_path / "saved")
+    converters.to_litert(tmp_path / "saved", path, "int8", calibration=str(tmp_path / "images.npy"))
+    expected = model.predict(images, verbose=0)
+
+    def error_of_means():
+        (found,) = keras_mnv2.load_export(path)(images).values()
+        return np.abs((found - expected).mean(axis=(0, 1, 2))).mean()
+
+    content, reference = path.read_bytes(), path.with_suffix(converters.REFERENCE).read_bytes()
+    path.write_bytes(fold_scaling(round_by_images(content, reference, images), reference))
+    before = error_of_means()
+    path.write_bytes(content)
+    finish_litert(model, path, "int8", keras_mnv2.Preprocessing(36, 32), None, images)
+    assert "MUL" not in names_of(path)
+    assert error_of_means() < before / 4
 
 
 def test_what_scales_pixels_itself_is_known():

@@ -182,8 +182,13 @@ def test_detections_are_those_of_torchvision(theirs, ours, images):
         ]
         # Scores that are equal but for the last bit may change places.
         distance = np.abs(rows[:, None] - np.concatenate(others, axis=1)[None]).max(axis=-1)
-        assert sorted(distance.argmin(axis=1)) == list(range(count))
-        assert distance.min(axis=1).max() < 1e-3
+        nearest = distance.argmin(axis=1)
+        assert sorted(nearest) == list(range(count))
+        # Beside the same networks in float64 both are up to 2.3e-5 pixels off, from the rounding of the offsets (3e-6)
+        # and of the decoding (1.1e-5 each, of the same offsets), so that they are 3.1e-5 apart (3.2e-7 of the image).
+        assert np.abs(found["boxes"][i, :count] - others[0][nearest]).max() < 1e-4
+        assert np.abs(found["boxes"][i, :count] - others[0][nearest]).max() / SIDE < 1e-6
+        np.testing.assert_array_equal(found["classes"][i, :count], others[2][nearest, 0] / 1000)
         np.testing.assert_allclose(found["scores"][i, :count], theirs["scores"], atol=1e-5)
 
 

@@ -88,10 +88,11 @@ def write_onnx(
             images = np.load(calibration, mmap_mode="r")
             if layout is not None:
                 images = np.moveaxis(images, *((-1, 1) if layout == "NCHW" else (1, -1)))
-            integers["correct_biases"](model, images)
-            integers["round_by_images"](model, images, _network(graph) if detects else None)
-        integers["round_what_moves"](graph)
-        integers["round_weights"](graph, trained=quantized)
+            model = integers["with_integers"](model, images, _network if detects else None)
+            graph = model.graph
+        else:
+            integers["round_what_moves"](graph)
+            integers["round_weights"](graph, trained=True)
     if precision == "float16":
         _in_float16(model, _network(graph) if detects else list(graph.node))
     _remove_unused(graph)

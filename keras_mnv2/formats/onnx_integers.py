@@ -10,7 +10,7 @@ x86 processors without VNNI multiply with VPMADDUBSW: two products of neighbours
 its limit where it is exceeded. So a scale is chosen by the largest sum of two neighbours, not by the largest weight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,17 +64,56 @@ def round_as_trained(graph: Any) -> None:
         _drop_limit(graph, clip, scale, zero, constants)
 
 
-def round_by_images(model: Any, images: np.ndarray, nodes: list[Any] | None = None) -> None:
+def with_integers(model: Any, images: np.ndarray, network: Callable[[Any], list[Any]] | None = None) -> Any:
+    """A model in float32 as one that computes with 8-bit integers, which `images` give their ranges.
+
+    Means of the images' ranges cost less than whole ones, but cut off what few images have: the way is taken that moves
+    the outputs less, by the mean of their squared differences.
+
+    Args:
+        model: it stays as it is.
+        images: as it takes them.
+        network: gives the nodes of a graph that compute with integers, where these are not all. Ranges are then whole:
+            what few images have, such as objects, is not cut off.
+
+    Returns:
+        The model.
+    """
+    corrected = type(model).FromString(model.SerializeToString())
+    correct_biases(corrected, images)
+    best, least = None, np.inf
+    for whole in (False, True) if network is None else (True,):
+        rounded = type(model).FromString(corrected.SerializeToString())
+        round_by_images(rounded, images, None if network is None else network(rounded.graph), whole)
+        round_what_moves(rounded.graph)
+        round_weights(rounded.graph)
+        moved = _moved(model, rounded, images) if network is None else 0
+        if best is None or moved < least:
+            best, least = rounded, moved
+    return best
+
+
+def _moved(model: Any, rounded: Any, images: np.ndarray) -> float:
+    """The squared differences of the outputs, as a fraction of the squares of the model's own."""
+    names = [value.name for value in model.graph.output]
+    sums: dict[str, np.ndarray] = {name: np.full(2, TINY) for name in names}
+    for (name, y), (_, found) in zip(_values(model, names, images), _values(rounded, names, images), strict=True):
+        sums[name] += np.square(found - y, dtype="float64").sum(), np.square(y, dtype="float64").sum()
+    return float(sum(difference / own for difference, own in sums.values()))
+
+
+def round_by_images(model: Any, images: np.ndarray, nodes: list[Any] | None = None, whole: bool = False) -> None:
     """Rounds each activation between convolutions to the range that `images` give it.
 
     Args:
         model: it is changed.
         images: as it takes them.
         nodes: what computes with integers, where that is not all; what other nodes read stays real.
+        whole: whether ranges are those of all images; else they are means, see `calibrate`.
     """
     graph = model.graph
     names = list(_activations(graph, nodes))
-    ranges = calibrate(model, names, images)
+    ranges = calibrate(model, names, images, whole)
     constants = _constants(graph)
     sources = {name: _moved_from(graph, name) for name in names}
     for name in names:
@@ -207,16 +246,20 @@ def round_weights(graph: Any, trained: bool = False) -> None:
         raise ValueError("the model has no convolution or classifier that could compute with integers")
 
 
-def calibrate(model: Any, names: list[str], images: np.ndarray) -> dict[str, tuple[float, float]]:
+def calibrate(model: Any, names: list[str], images: np.ndarray, whole: bool = False) -> dict[str, tuple[float, float]]:
     """The least and the largest value of each tensor in an image, as the mean over the images; each range holds 0.
 
-    A few outliers then stretch no range.
+    A few outliers then stretch no range. With `whole` they are the least and the largest of all images.
     """
-    sums: dict[str, np.ndarray] = {name: np.zeros(2) for name in names}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for name, values in _values(model, names, images):
         rows = values.reshape(len(values), -1)
-        sums[name] += np.minimum(rows.min(axis=1), 0).sum(), np.maximum(rows.max(axis=1), 0).sum()
-    return {name: (float(low) / len(images), float(high) / len(images)) for name, (low, high) in sums.items()}
+        found[name].append(np.stack([np.minimum(rows.min(axis=1), 0), np.maximum(rows.max(axis=1), 0)], axis=1))
+    ranges = {}
+    for name, ends in found.items():
+        lows, highs = np.concatenate(ends).astype("float64").T
+        ranges[name] = (float(lows.min()), float(highs.max())) if whole else (float(lows.mean()), float(highs.mean()))
+    return ranges
 
 
 def _values(model: Any, names: list[str], images: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -149,6 +149,20 @@ def test_no_sum_of_an_8_bit_onnx_file_leaves_16_bits(exported):
 
 
 @once
+def test_ranges_of_an_8_bit_onnx_file_hold_what_one_image_needs(tmp_path):
+    image = keras.Input((8, 8, 3))
+    y = keras.layers.Conv2D(4, 3, activation="relu", kernel_initializer=keras.initializers.Constant(0.05))(image)
+    y = keras.layers.GlobalAveragePooling2D()(y)
+    model = keras.Model(image, keras.layers.Dense(2, kernel_initializer=keras.initializers.Constant(0.1))(y))
+    images = np.random.default_rng(0).uniform(5, 10, (24, 8, 8, 3)).astype("float32")
+    images[7] *= 20
+    path = tmp_path / "model.onnx"
+    keras_mnv2.export(model, path, "onnx", precision="int8", calibration=images, verbose=False)
+    (found,) = keras_mnv2.load_export(path)(images).values()
+    np.testing.assert_allclose(found[7], model.predict(images, verbose=0)[7], rtol=0.02)
+
+
+@once
 def test_an_onnx_file_of_another_layout_and_opset(decided, tmp_path):
     import onnx
 

@@ -153,7 +153,8 @@ def test_ranges_of_an_8_bit_onnx_file_hold_what_one_image_needs(tmp_path):
     image = keras.Input((8, 8, 3))
     y = keras.layers.Conv2D(4, 3, activation="relu", kernel_initializer=keras.initializers.Constant(0.05))(image)
     y = keras.layers.GlobalAveragePooling2D()(y)
-    model = keras.Model(image, keras.layers.Dense(2, kernel_initializer=keras.initializers.Constant(0.1))(y))
+    model = keras.Model(image, keras.layers.Dense(2)(y))
+    model.layers[-1].set_weights([np.tile([[0.1, -0.1]], (4, 1)), np.zeros(2)])
     images = np.random.default_rng(0).uniform(5, 10, (24, 8, 8, 3)).astype("float32")
     images[7] *= 20
     path = tmp_path / "model.onnx"

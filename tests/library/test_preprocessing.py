@@ -24,8 +24,12 @@ from transformers.models.mobilenet_v2.image_processing_pil_mobilenet_v2 import M
 
 import keras_mnv2
 from keras_mnv2 import decode_predictions, list_weights, preprocess_input, resize_and_crop
-from tests.conftest import ONCE, once
+from tests.conftest import marks, once_on
 from tests.helpers import note, randomise, relative_difference
+
+# The other backends have more to do.
+once = once_on("jax")
+ONCE = marks("jax")
 
 # One record of each library, the ones whose models run end to end below.
 ONE_OF_EACH = (

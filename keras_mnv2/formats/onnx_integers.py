@@ -65,11 +65,12 @@ def round_by_images(model: Any, images: np.ndarray, nodes: list[Any] | None = No
     Args:
         model: it is changed.
         images: as it takes them.
-        nodes: what computes with integers, where that is not all; what other nodes read stays real.
+        nodes: what computes with integers, where that is not all; what other nodes read stays real. Ranges are then
+            whole: what few images have, such as objects, is not cut off.
     """
     graph = model.graph
     names = list(_activations(graph, nodes))
-    ranges = calibrate(model, names, images)
+    ranges = calibrate(model, names, images, whole=nodes is not None)
     constants = _constants(graph)
     sources = {name: _moved_from(graph, name) for name in names}
     for name in names:
@@ -173,16 +174,20 @@ def round_weights(graph: Any, per_tensor: tuple[str, ...] = ()) -> None:
         raise ValueError("the model has no convolution or classifier that could compute with integers")
 
 
-def calibrate(model: Any, names: list[str], images: np.ndarray) -> dict[str, tuple[float, float]]:
+def calibrate(model: Any, names: list[str], images: np.ndarray, whole: bool = False) -> dict[str, tuple[float, float]]:
     """The least and the largest value of each tensor in an image, as the mean over the images; each range holds 0.
 
-    A few outliers then stretch no range.
+    A few outliers then stretch no range. With `whole` they are the least and the largest of all images.
     """
-    sums: dict[str, np.ndarray] = {name: np.zeros(2) for name in names}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for name, values in _values(model, names, images):
         rows = values.reshape(len(values), -1)
-        sums[name] += np.minimum(rows.min(axis=1), 0).sum(), np.maximum(rows.max(axis=1), 0).sum()
-    return {name: (float(low) / len(images), float(high) / len(images)) for name, (low, high) in sums.items()}
+        found[name].append(np.stack([np.minimum(rows.min(axis=1), 0), np.maximum(rows.max(axis=1), 0)], axis=1))
+    ranges = {}
+    for name, ends in found.items():
+        lows, highs = np.concatenate(ends).astype("float64").T
+        ranges[name] = (float(lows.min()), float(highs.max())) if whole else (float(lows.mean()), float(highs.mean()))
+    return ranges
 
 
 def _values(model: Any, names: list[str], images: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

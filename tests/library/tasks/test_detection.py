@@ -7,11 +7,14 @@ from functools import partial
 import keras
 import numpy as np
 import pytest
+from PIL import Image
+from skimage import data
 
 import keras_mnv2
+from keras_mnv2.formats.litert_file import operator_name, operators, read_file
 from keras_mnv2.losses import BoxLoss, ClassLoss
 from tests.conftest import marks, once, once_on
-from tests.helpers import relative_difference
+from tests.helpers import randomise, relative_difference
 
 SIDE, CLASSES, ALPHA = 96, 3, 0.35
 SMALL = {"alpha": ALPHA, "weights_backbone": None, "classes": CLASSES}
@@ -465,7 +468,127 @@ def test_detections_leave_as_a_file(ours, images, tmp_path, format, file):
     assert {1, 2} <= set(np.unique(found["classes"]))
 
 
-def test_detections_in_8_bits_are_refused(ours, images, tmp_path):
-    model = keras_mnv2.detector(ours)
-    with pytest.raises(ValueError, match='precision must be "float32" or "float16" for a model of detections'):
-        keras_mnv2.export(model, tmp_path / "m.tflite", "litert", precision="int8", calibration=images)
+@pytest.fixture(scope="module")
+def decided():
+    """An SSDLite for pixels with random weights that is sure of some boxes, and photographs."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(getattr(data, name)()) for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    images = []
+    for i in range(16):
+        picture = pictures[i % 4]
+        side = int(rng.integers(min(picture.size) // 2, min(picture.size)))
+        left, top = (int(rng.integers(0, whole - side + 1)) for whole in picture.size)
+        part = picture.resize((64, 64), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        images.append(np.asarray(part, "float32"))
+    model = keras_mnv2.SSDLite((64, 64, 3), **SMALL, include_preprocessing=True)
+    randomise(model, rng, np.stack(images[:8]))
+    for layer in model.layers:
+        if layer.name.endswith("_project") and layer.name.startswith(("box_", "class_")):
+            is_box = layer.name.startswith("box_")
+            bias = 0.1 * rng.normal(size=layer.bias.shape)
+            if not is_box:
+                # Background, unless the signal is strong.
+                bias[:: CLASSES + 1] += 3
+            layer.set_weights([rng.normal(0, 0.02 if is_box else 0.1, layer.kernel.shape), bias])
+    return keras_mnv2.detector(model, score_threshold=0.5, max_detections=20), np.stack(images)
+
+
+@pytest.mark.parametrize(
+    ("format", "precision", "file"),
+    [
+        pytest.param("litert", "int8", "model.tflite", marks=marks("tensorflow")),
+        pytest.param("onnx", "int8", "model.onnx", marks=marks("torch")),
+        pytest.param("litert", "float16", "model.tflite", marks=pytest.mark.slow),
+        pytest.param("litert", "dynamic_int8", "model.tflite", marks=pytest.mark.slow),
+        pytest.param("onnx", "float16", "model.onnx", marks=pytest.mark.slow),
+    ],
+)
+def test_detections_in_fewer_bits_are_decoded_in_float32(decided, tmp_path, format, precision, file):
+    model, images = decided
+    path = tmp_path / file
+    calibration = images if precision == "int8" else None
+    how = {"precision": precision, "calibration": calibration, "sample": images, "verbose": False}
+    # It is compared with the model in its own runtime: what both find is counted.
+    report = keras_mnv2.export(model, path, format, **how)
+    assert report.detections_agreement > (0.9 if precision == "float16" else 0.5)
+    assert "agreement of the detections" in str(report)
+    found, expected = keras_mnv2.load_export(path)(images), model.predict(images, verbose=0)
+    assert {name: (y.shape, y.dtype) for name, y in found.items()} == {
+        "boxes": ((16, 20, 4), np.float32),
+        "scores": ((16, 20), np.float32),
+        "classes": ((16, 20), np.int32),
+    }
+    assert (expected["scores"] > 0).sum() > 20
+    # Edges lie where no 8 bits, and no 16, would put them.
+    edges = found["boxes"][found["scores"] > 0]
+    assert len(np.unique(edges % 1)) > 50
+    if format == "onnx":
+        types = types_of(path)
+        assert types["TopK"] == {"FLOAT"}
+        assert types["Conv"] == {"float16": {"FLOAT16"}, "int8": {"FLOAT"}}[precision]
+        return
+    names = {name for name, _ in operators(path.read_bytes())}
+    assert {"TOPK_V2", "SOFTMAX"} <= names
+    kernels = kernels_of(path)
+    assert kernels == {"float16": {"FLOAT16"}, "int8": {"INT8"}, "dynamic_int8": {"INT8", "FLOAT32"}}[precision]
+
+
+def types_of(path):
+    """The types of the first input of each kind of operation in an ONNX file."""
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    known = [*model.graph.value_info, *model.graph.input]
+    types = {value.name: value.type.tensor_type.elem_type for value in known}
+    found = {}
+    for node in model.graph.node:
+        if node.input and node.input[0] in types:
+            found.setdefault(node.op_type, set()).add(onnx.TensorProto.DataType.Name(types[node.input[0]]))
+    return found
+
+
+def kernels_of(path):
+    """The types of the kernels of convolutions in a `.tflite` file."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    kinds = {value: name for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
+    model = read_file(path.read_bytes())
+    graph = model.subgraphs[0]
+    made = {int(o.outputs[0]): o for o in graph.operators}
+    found = set()
+    for operator in graph.operators:
+        if operator_name(model, operator) in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+            number = int(operator.inputs[1])
+            # Halves are widened by an operator.
+            number = int(made[number].inputs[0]) if number in made else number
+            found.add(kinds[graph.tensors[number].type])
+    return found
+
+
+def test_a_detector_inside_another_model_is_one_sentence(decided, tmp_path):
+    image = keras.Input((64, 64, 3))
+    outer = keras.Model(image, decided[0](image))
+    with pytest.raises(ValueError, match=r'precision must be "float32" in LiteRT for a detector inside another model'):
+        keras_mnv2.export(outer, tmp_path / "m.tflite", "litert", precision="float16")
+    assert not list(tmp_path.iterdir())
+
+
+@once
+def test_a_detector_is_trained_with_its_rounding(decided):
+    model, images = decided
+    with pytest.raises(ValueError, match=r"give the model of SSDLite, and then the result to keras_mnv2\.detector"):
+        keras_mnv2.quantize_aware(model)
+    network = next(layer for layer in model.layers if isinstance(layer, keras.Model))
+    aware = keras_mnv2.quantize_aware(network)
+    aware.compile(keras.optimizers.SGD(0.0), {"boxes": BoxLoss(), "classes": ClassLoss()})
+    encoder = keras_mnv2.TargetEncoder(aware)
+    aware.fit(images, encoder([[[5, 5, 40, 40]]] * 16, [[0]] * 16), batch_size=8, verbose=0)
+    found, expected = aware.predict(images, verbose=0), network.predict(images, verbose=0)
+    for name in ("boxes", "classes"):
+        assert found[name].shape == expected[name].shape
+        # A list is rounded to 256 numbers.
+        assert len(np.unique(found[name])) <= 256
+        assert np.corrcoef(found[name].ravel(), expected[name].ravel())[0, 1] > 0.8
+    detections = keras_mnv2.detector(aware).predict(images[:2], verbose=0)
+    assert detections["boxes"].shape == (2, 100, 4)

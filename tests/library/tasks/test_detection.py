@@ -526,7 +526,7 @@ def written(model, images, precision, path):
     [
         pytest.param("int8", "model.tflite", marks=marks("tensorflow")),
         pytest.param("int8", "model.onnx", marks=marks("torch")),
-        pytest.param("float16", "model.onnx", marks=marks("torch")),
+        pytest.param("float16", "model.onnx", marks=pytest.mark.slow),
         pytest.param("float16", "model.tflite", marks=pytest.mark.slow),
         pytest.param("dynamic_int8", "model.tflite", marks=pytest.mark.slow),
     ],
@@ -597,6 +597,50 @@ def kernels_of(path):
             number = int(made[number].inputs[0]) if number in made else number
             found.add(kinds[graph.tensors[number].type])
     return found
+
+
+@once
+def test_half_precision_ends_at_the_last_convolution():
+    import onnx
+    from onnx import helper, numpy_helper
+
+    onnx_file = runpy.run_path(converters.__file__.replace("converters", "onnx_file"))
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(0, 0.3, (4, channels, 3, 3)).astype("float32") for channels in (3, 4)]
+    weights = {"a": kernels[0], "b": kernels[1], "sides": np.array(320, "float32"), "low": np.array(0, "float32")}
+    nodes = [
+        helper.make_node("Conv", ["image", "a"], ["first"]),
+        # One constant for both parts.
+        helper.make_node("Clip", ["first", "low"], ["clipped"]),
+        helper.make_node("Conv", ["clipped", "b"], ["second"]),
+        helper.make_node("Clip", ["second", "low"], ["positive"]),
+        helper.make_node("Mul", ["positive", "sides"], ["pixels"]),
+        helper.make_node("Mul", ["pixels", "pixels"], ["areas"]),
+    ]
+    real = onnx.TensorProto.FLOAT
+    image = helper.make_tensor_value_info("image", real, [1, 3, 8, 8])
+    areas = helper.make_tensor_value_info("areas", real, [1, 4, 4, 4])
+    initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", [image], [areas], initializers), ir_version=8)
+    model.opset_import[0].version = 13
+    half = type(model).FromString(model.SerializeToString())
+    onnx_file["_in_float16"](half, onnx_file["_network"](half.graph))
+    onnx.checker.check_model(half, full_check=True)
+    x = rng.uniform(-1, 1, (1, 3, 8, 8)).astype("float32")
+    expected, found = (run_onnx(one, x) for one in (model, half))
+    # More than half precision holds.
+    assert expected.max() > 1e5
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=2e-3 * expected.max())
+    assert np.abs(found - expected).max() > 0
+    types = {w.name: onnx.TensorProto.DataType.Name(w.data_type) for w in half.graph.initializer}
+    assert types == {"a": "FLOAT16", "b": "FLOAT16", "sides": "FLOAT", "low": "FLOAT", "low_half": "FLOAT16"}
+
+
+def run_onnx(model, x):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": x})[0]
 
 
 def test_a_detector_inside_another_model_is_one_sentence(small, tmp_path):

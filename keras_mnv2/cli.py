@@ -253,7 +253,7 @@ def _predict_masks(options: argparse.Namespace, labels: Sequence[str] | None) ->
         _save(draw_mask(image, mask, labels), path)
         counts = np.bincount(mask.ravel())
         order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)][: options.top]
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"index": int(i), "name": name_of(int(i), labels), "share": float(counts[i] / mask.size)} for i in order
         ]
         results[image] = {"picture": str(path), "classes": rows}

@@ -7,7 +7,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -26,7 +26,7 @@ TASKS = {
     "segmentation": ("a segmentation network", "load_segmenter"),
 }
 # What gives the outputs of images: a model of Keras, or a function to one array or to several by name.
-Run = keras.Model | Callable[[np.ndarray], Any]
+Run: TypeAlias = keras.Model | Callable[[np.ndarray], Any]
 
 
 class Network:

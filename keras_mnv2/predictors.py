@@ -140,7 +140,7 @@ class Segmenter(Network):
         photograph = load_image(image)
         height, width = self.sides
         factor = min(1.0, (width or LONGEST) / photograph.width, (height or LONGEST) / photograph.height)
-        inner = tuple(max(1, round(factor * side)) for side in photograph.size)
+        inner = max(1, round(factor * photograph.width)), max(1, round(factor * photograph.height))
         small = photograph.resize(inner, Image.Resampling.BILINEAR) if inner != photograph.size else photograph
         canvas = Image.new("RGB", (width or max(LEAST, inner[0]), height or max(LEAST, inner[1])), FILL)
         canvas.paste(small, (0, 0))
@@ -151,10 +151,10 @@ class Segmenter(Network):
         if scores.ndim == 3:
             scores = self._channels_last(scores, canvas.size)
         # The part of the scores that is the photograph's.
-        box = tuple(
+        right, bottom = (
             part * side / whole for part, whole, side in zip(inner, canvas.size, scores.shape[1::-1], strict=True)
         )
-        return _labels(scores, (0.0, 0.0, *box), photograph.size)
+        return _labels(scores, (0.0, 0.0, right, bottom), photograph.size)
 
     def _channels_last(self, scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Scores (height, width, classes), whichever way the model has them."""
@@ -300,7 +300,7 @@ def _check_scores(name: str, outputs: int, shape: tuple[int | None, ...]) -> Non
         )
 
 
-def _labels(scores: np.ndarray, box: tuple[float, ...], size: tuple[int, int]) -> np.ndarray:
+def _labels(scores: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
     """The labels of a photograph of this size (width, height), whose part of the scores `box` is."""
     if scores.ndim == 2:
         found = Image.fromarray(scores.astype("int32")).resize(size, Image.Resampling.NEAREST, box=box)

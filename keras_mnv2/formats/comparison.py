@@ -114,9 +114,8 @@ def compare(
         if exact:
             found = _in_order(expected, found)
         else:
-            expected, found = (
-                {f"{i}/{key}": y for i, pairs in enumerate(both) for key, y in pairs[side].items()} for side in (0, 1)
-            )
+            expected = {f"{i}/{key}": y for i, (mine, _, _) in enumerate(both) for key, y in mine.items()}
+            found = {f"{i}/{key}": y for i, (_, others, _) in enumerate(both) for key, y in others.items()}
     errors = {name: np.abs(expected[name].astype("float64") - found[name]) for name in expected}
     largest = max(float(error.max(initial=0)) for error in errors.values())
     mean = float(np.concatenate([np.zeros(1), *(error.ravel() for error in errors.values())]).mean())

@@ -112,7 +112,8 @@ def export(
         precision: `"float32"`; with `format="litert"` also `"float16"` (weights of 16 bits), `"dynamic_int8"` (weights
             of 8 bits) or `"int8"` (whole numbers alone). A model of `quantize_aware` has `"int8"` there. With
             `format="onnx"` also `"float16"` (computes in 16 bits) or `"int8"` (computes with whole numbers); its input
-            and output stay float32. With `format="coreml"` also `"float16"`.
+            and output stay float32. With `format="coreml"` also `"float16"`. A detector's boxes are decoded in float32
+            in each precision.
         calibration: for `precision="int8"`, images `(n, *model.input_shape[1:])` as the model takes them: the ranges of
             its activations are those that these give. Some hundred are enough. A model of `quantize_aware` has ranges
             of its own.

@@ -147,7 +147,8 @@ def _word(name: str) -> str:
 def named(model: keras.Model, outputs: Any) -> dict[str, Tensor]:
     """A model's outputs by name: its own keys, or the names of the layers that they come from."""
     if isinstance(outputs, dict):
-        return outputs
+        # In the order of the names: a file's outputs are numbered by it.
+        return {name: outputs[name] for name in output_names(model)}
     outputs = outputs if isinstance(outputs, list | tuple) else [outputs]
     return dict(zip(output_names(model), outputs, strict=True))
 

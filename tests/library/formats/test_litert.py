@@ -172,6 +172,8 @@ def test_the_corrected_bias_survives_the_scaling(strides, rng, tmp_path):
     for weight in model.trainable_weights:
         weight.assign(rng.normal(0, 1, weight.shape))
     images = rng.integers(0, 40, (24, 16, 17, 3)).astype("float32")
+    # So that the range is that of pixels.
+    images[:, 8, 8] = 255
     path = tmp_path / "a.tflite"
     np.save(tmp_path / "images.npy", images)
     write_saved_model(model, tmp_path / "saved")

@@ -1,17 +1,25 @@
 """SSDLite: torchvision's numbers and losses, the paper's sizes, targets, training, folding, files and weights."""
 
 import pickle
+import runpy
 from collections import OrderedDict
 from functools import partial
 
 import keras
 import numpy as np
 import pytest
+from PIL import Image
+from skimage import data
 
 import keras_mnv2
+from keras_mnv2.formats import converters, graphs
+from keras_mnv2.formats.comparison import _pairs
+from keras_mnv2.formats.images import finish_litert
+from keras_mnv2.formats.litert_file import operator_name, operators, read_file
 from keras_mnv2.losses import BoxLoss, ClassLoss
 from tests.conftest import marks, once, once_on
-from tests.helpers import relative_difference
+from tests.helpers import randomise, relative_difference
+from tests.library.formats.test_export import kinds_that_run
 
 SIDE, CLASSES, ALPHA = 96, 3, 0.35
 SMALL = {"alpha": ALPHA, "weights_backbone": None, "classes": CLASSES}
@@ -465,7 +473,204 @@ def test_detections_leave_as_a_file(ours, images, tmp_path, format, file):
     assert {1, 2} <= set(np.unique(found["classes"]))
 
 
-def test_detections_in_8_bits_are_refused(ours, images, tmp_path):
-    model = keras_mnv2.detector(ours)
-    with pytest.raises(ValueError, match='precision must be "float32" or "float16" for a model of detections'):
-        keras_mnv2.export(model, tmp_path / "m.tflite", "litert", precision="int8", calibration=images)
+@pytest.fixture(scope="module")
+def small():
+    """A small detector for pixels with random weights, and photographs."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(getattr(data, name)()) for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    images = []
+    for i in range(16):
+        picture = pictures[i % 4]
+        side = int(rng.integers(min(picture.size) // 2, min(picture.size)))
+        left, top = (int(rng.integers(0, whole - side + 1)) for whole in picture.size)
+        part = picture.resize((32, 32), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+        images.append(np.asarray(part, "float32"))
+    image = keras.Input((32, 32, 3))
+    x = keras.layers.Rescaling(1 / 127.5, -1)(image)
+    x = keras.layers.Conv2D(16, 3, strides=2, padding="same", activation="relu6")(x)
+    x = keras.layers.DepthwiseConv2D(3, strides=2, padding="same", activation="relu6")(x)
+    x = keras.layers.Conv2D(24, 3, strides=2, padding="same", activation="relu6")(x)
+    shapes = {"image_size": (32, 32), "map_sizes": [(4, 4)], "scales": (0.3, 0.6), "aspect_ratios": ((2,),)}
+    boxes = keras.layers.Conv2D(4 * 4, 1, name="offsets")(x)
+    scores = keras.layers.Conv2D(4 * (CLASSES + 1), 1, name="logits")(x)
+    found = [keras_mnv2.layers.DefaultBoxes(**shapes)([boxes]), keras_mnv2.layers.JoinMaps(CLASSES + 1)([scores])]
+    last = keras_mnv2.layers.Detections(**shapes, score_threshold=0.4, max_detections=20)
+    model = keras.Model(image, last(found))
+    for layer in model.layers:
+        if layer.weights:
+            kernel, bias = layer.get_weights()
+            inputs = 9 if isinstance(layer, keras.layers.DepthwiseConv2D) else np.prod(kernel.shape[:-1])
+            gain = {"offsets": 0.5, "logits": 3}.get(layer.name, 2)
+            layer.set_weights([rng.normal(0, gain / inputs**0.5, kernel.shape), bias])
+    return model, np.stack(images)
+
+
+def written(model, images, precision, path):
+    """Writes a detector as `export` does, in this process."""
+    np.save(path.with_suffix(".npy"), images)
+    how = {"precision": precision, "calibration": str(path.with_suffix(".npy"))}
+    if path.suffix == ".onnx":
+        graphs.write_exported_program(model, path.with_suffix(".pt2"))
+        names = graphs.output_names(model)
+        onnx_file = runpy.run_path(converters.__file__.replace("converters", "onnx_file"))
+        onnx_file["write_onnx"](path.with_suffix(".pt2"), path, "image", names, detects=True, **how)
+        return
+    graphs.write_saved_model(model, path.with_suffix(""), apart=model.layers[-1].name)
+    converters.to_litert(path.with_suffix(""), path, **how)
+    finish_litert(model, path, precision, keras_mnv2.Preprocessing(36, 32), None, images)
+
+
+@pytest.mark.parametrize(
+    ("precision", "file"),
+    [
+        pytest.param("int8", "model.tflite", marks=marks("tensorflow")),
+        pytest.param("int8", "model.onnx", marks=marks("torch")),
+        pytest.param("float16", "model.onnx", marks=pytest.mark.slow),
+        pytest.param("float16", "model.tflite", marks=pytest.mark.slow),
+        pytest.param("dynamic_int8", "model.tflite", marks=pytest.mark.slow),
+    ],
+)
+def test_detections_in_fewer_bits_are_decoded_in_float32(small, tmp_path, precision, file):
+    model, images = small
+    path = tmp_path / file
+    format = {".onnx": "onnx", ".tflite": "litert"}[path.suffix]
+    if keras.backend.backend() == {"onnx": "torch", "litert": "tensorflow"}[format]:
+        written(model, images, precision, path)
+    else:
+        calibration = images if precision == "int8" else None
+        how = {"precision": precision, "calibration": calibration, "sample": images, "verbose": False}
+        report = keras_mnv2.export(model, path, format, **how)
+        assert "agreement of the detections" in str(report)
+    found, expected = keras_mnv2.load_export(path)(images), model.predict(images, verbose=0)
+    assert {name: (y.shape, y.dtype) for name, y in found.items()} == {
+        "boxes": ((16, 20, 4), np.float32),
+        "scores": ((16, 20), np.float32),
+        "classes": ((16, 20), np.int32),
+    }
+    assert (expected["scores"] > 0).sum() > 20
+    *both, share = _pairs(expected, found)
+    assert share > (0.97 if precision == "float16" else 0.8)
+    assert np.abs(both[0]["boxes"] - both[1]["boxes"]).mean() < 1
+    # Edges lie where no 8 bits, and no 16, would put them.
+    edges = found["boxes"][found["scores"] > 0]
+    assert len(np.unique(edges % 1)) > 50
+    if format == "onnx":
+        types = types_of(path)
+        assert types["TopK"] == {"FLOAT"}
+        assert types["Conv"] == {"float16": {"FLOAT16"}, "int8": {"FLOAT"}}[precision]
+        assert precision != "int8" or kinds_that_run(path, tmp_path).count("QLinearConv") == 3
+        return
+    names = {name for name, _ in operators(path.read_bytes())}
+    assert {"TOPK_V2", "SOFTMAX"} <= names
+    kernels = kernels_of(path)
+    assert kernels == {"float16": {"FLOAT16"}, "int8": {"INT8"}, "dynamic_int8": {"INT8", "FLOAT32"}}[precision]
+
+
+def types_of(path):
+    """The types of the first input of each kind of operation in an ONNX file."""
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(path))
+    known = [*model.graph.value_info, *model.graph.input]
+    types = {value.name: value.type.tensor_type.elem_type for value in known}
+    found = {}
+    for node in model.graph.node:
+        if node.input and node.input[0] in types:
+            found.setdefault(node.op_type, set()).add(onnx.TensorProto.DataType.Name(types[node.input[0]]))
+    return found
+
+
+def kernels_of(path):
+    """The types of the kernels of convolutions in a `.tflite` file."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    kinds = {value: name for name, value in vars(schema.TensorType).items() if isinstance(value, int)}
+    model = read_file(path.read_bytes())
+    graph = model.subgraphs[0]
+    made = {int(o.outputs[0]): o for o in graph.operators}
+    found = set()
+    for operator in graph.operators:
+        if operator_name(model, operator) in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+            number = int(operator.inputs[1])
+            # Halves are widened by an operator.
+            number = int(made[number].inputs[0]) if number in made else number
+            found.add(kinds[graph.tensors[number].type])
+    return found
+
+
+@once
+def test_half_precision_ends_at_the_last_convolution():
+    import onnx
+    from onnx import helper, numpy_helper
+
+    onnx_file = runpy.run_path(converters.__file__.replace("converters", "onnx_file"))
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(0, 0.3, (4, channels, 3, 3)).astype("float32") for channels in (3, 4)]
+    weights = {"a": kernels[0], "b": kernels[1], "sides": np.array(320, "float32"), "low": np.array(0, "float32")}
+    nodes = [
+        helper.make_node("Conv", ["image", "a"], ["first"]),
+        # One constant for both parts.
+        helper.make_node("Clip", ["first", "low"], ["clipped"]),
+        helper.make_node("Conv", ["clipped", "b"], ["second"]),
+        helper.make_node("Clip", ["second", "low"], ["positive"]),
+        helper.make_node("Mul", ["positive", "sides"], ["pixels"]),
+        helper.make_node("Mul", ["pixels", "pixels"], ["areas"]),
+    ]
+    real = onnx.TensorProto.FLOAT
+    image = helper.make_tensor_value_info("image", real, [1, 3, 8, 8])
+    areas = helper.make_tensor_value_info("areas", real, [1, 4, 4, 4])
+    initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", [image], [areas], initializers), ir_version=8)
+    model.opset_import[0].version = 13
+    half = type(model).FromString(model.SerializeToString())
+    onnx_file["_in_float16"](half, onnx_file["_network"](half.graph))
+    onnx.checker.check_model(half, full_check=True)
+    x = rng.uniform(-1, 1, (1, 3, 8, 8)).astype("float32")
+    expected, found = (run_onnx(one, x) for one in (model, half))
+    # More than half precision holds.
+    assert expected.max() > 1e5
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=2e-3 * expected.max())
+    assert np.abs(found - expected).max() > 0
+    types = {w.name: onnx.TensorProto.DataType.Name(w.data_type) for w in half.graph.initializer}
+    assert types == {"a": "FLOAT16", "b": "FLOAT16", "sides": "FLOAT", "low": "FLOAT", "low_half": "FLOAT16"}
+
+
+def run_onnx(model, x):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": x})[0]
+
+
+def test_a_detector_inside_another_model_is_one_sentence(small, tmp_path):
+    image = keras.Input((32, 32, 3))
+    outer = keras.Model(image, small[0](image))
+    with pytest.raises(ValueError, match=r'precision must be "float32" in LiteRT for a detector inside another model'):
+        keras_mnv2.export(outer, tmp_path / "m.tflite", "litert", precision="float16")
+    assert not list(tmp_path.iterdir())
+
+
+@once
+def test_a_detector_is_trained_with_its_rounding(small):
+    with pytest.raises(ValueError, match=r"give the model of SSDLite, and then the result to keras_mnv2\.detector"):
+        keras_mnv2.quantize_aware(small[0])
+    network = keras_mnv2.SSDLite((32, 32, 3), **SMALL, include_preprocessing=True)
+    rng, images = np.random.default_rng(0), small[1]
+    randomise(network, rng, images)
+    aware = keras_mnv2.quantize_aware(network)
+    aware.compile(keras.optimizers.SGD(0.0), {"boxes": BoxLoss(), "classes": ClassLoss()})
+    encoder = keras_mnv2.TargetEncoder(aware)
+    for layer in aware.layers:
+        # The ranges alone are to be learnt.
+        if hasattr(layer, "norm") and layer.norm is not None:
+            layer.norm.trainable = False
+    aware.fit(images, encoder([[[5, 5, 20, 20]]] * 16, [[0]] * 16), batch_size=8, verbose=0)
+    found, expected = aware.predict(images, verbose=0), network.predict(images, verbose=0)
+    for name in ("boxes", "classes"):
+        assert found[name].shape == expected[name].shape
+        # A list is rounded to 256 numbers.
+        assert len(np.unique(found[name])) <= 256
+        assert np.corrcoef(found[name].ravel(), expected[name].ravel())[0, 1] > 0.8
+    detections = keras_mnv2.detector(aware).predict(images[:2], verbose=0)
+    assert detections["boxes"].shape == (2, 100, 4)

@@ -1,4 +1,4 @@
-"""Data sets of images with boxes around their objects: COCO's and Pascal VOC's folders, and scenes that are made here."""
+"""Data sets of images with boxes around their objects: COCO's and Pascal VOC's folders, and the scenes made here."""
 
 import re
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ PART_FILE, PART_IMAGES = "coco.json", "images"
 # Of Pascal VOC.
 VOC_ANNOTATIONS, VOC_IMAGES, VOC_SETS = "Annotations", "JPEGImages", "ImageSets/Main"
 LAYOUTS = (
-    f"{ANNOTATIONS}/train.json beside a folder train of images, train/{PART_FILE} beside train/{PART_IMAGES}, or Pascal "
-    f"VOC's {VOC_IMAGES}, {VOC_ANNOTATIONS} and {VOC_SETS}"
+    f"{ANNOTATIONS}/train.json beside a folder train of images, train/{PART_FILE} beside train/{PART_IMAGES}, or "
+    f"Pascal VOC's {VOC_IMAGES}, {VOC_ANNOTATIONS} and {VOC_SETS}"
 )
 
 
@@ -152,8 +152,8 @@ def _coco_files(path: Path) -> dict[str, tuple[Path, Path]]:
             continue
         if (part := parts[match[2]]) in found:
             raise ValueError(
-                f"dataset must have one file of annotations for each part, got {found[part][0].name} and {file.name} in "
-                f"{str(file.parent)!r}."
+                f"dataset must have one file of annotations for each part, got {found[part][0].name} and {file.name} "
+                f"in {str(file.parent)!r}."
             )
         found[part] = file, path / match[1]
     for name, part in parts.items():

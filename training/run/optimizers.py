@@ -34,12 +34,10 @@ def compile_model(
         with engine.scope():
             optimizer.build(model.trainable_variables)
             # Keras makes the means of the two losses when it computes them first; a checkpoint holds them.
-            boxes = model.output_shape["boxes"][1]
-            found = {name: np.zeros((1, *shape[1:]), "float32") for name, shape in model.output_shape.items()}
-            nothing = {"boxes": np.zeros((1, boxes, 5), "float32"), "classes": np.zeros((1, boxes), "int32")}
-            model.compute_loss(
-                None, *(keras.tree.map_structure(keras.ops.convert_to_tensor, y) for y in (nothing, found))
-            )
+            found = {name: keras.ops.zeros((1, *shape[1:])) for name, shape in model.output_shape.items()}
+            boxes = found["boxes"].shape[1]
+            nothing = {"boxes": keras.ops.zeros((1, boxes, 5)), "classes": keras.ops.zeros((1, boxes), "int32")}
+            model.compute_loss(None, nothing, found)
             model.reset_metrics()
         return tuple(model.metrics)
     if config.task == "segmentation":

@@ -17,7 +17,7 @@ CONFIG = Config(
     image_size=128,
     alpha=0.35,
     # The digits are 0.3 to 0.7 of an image.
-    box_scales=(0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    box_scales=(0.4, 0.55, 0.7, 0.8, 0.9, 0.95, 1.0),
     reduce_lowest=False,
     epochs=30,
     batch_size=32,

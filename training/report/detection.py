@@ -45,21 +45,25 @@ def quality(objects: Objects, found: Detections) -> tuple[float, list[int], list
 
     The sum of the intersections over union of the objects that are found, over the number of all objects and of wrong
     detections. From the best score on, a detection finds the object of its class that it overlaps most, by at least
-    half. What overlaps an object that is ignored by half does not count.
+    half. What is by half within an object that is ignored does not count, as for pycocotools.
 
     Returns:
         The quality, the numbers of the objects that are missed, and of the detections that are wrong.
     """
     found = counted(found)
-    matrix = overlaps(found.boxes, objects.boxes)
-    matrix = np.where(found.classes[:, None] == objects.classes[None], matrix, 0)
+    same = found.classes[:, None] == objects.classes[None]
+    matrix = np.where(same, overlaps(found.boxes, objects.boxes), 0)
+    areas = [(one.boxes[:, 2:] - one.boxes[:, :2]).prod(axis=-1) for one in (found, objects)]
+    # The fraction of a detection that is inside of an object.
+    within = matrix * (areas[0][:, None] + areas[1][None]) / (1 + matrix) / np.maximum(areas[0], 1e-9)[:, None]
     left, sum_of_found, wrong = set(np.flatnonzero(~objects.ignored).tolist()), 0.0, []
     for i, row in enumerate(matrix):
+        is_ignored = (within[i][objects.ignored] >= LOOSE).any()
         best = max(left, key=lambda j: row[j], default=None)
         if best is not None and row[best] >= LOOSE:
             left.remove(best)
             sum_of_found += float(row[best])
-        elif not (row[objects.ignored] >= LOOSE).any():
+        elif not is_ignored:
             wrong.append(i)
     count = int((~objects.ignored).sum()) + len(wrong)
     return (sum_of_found / count if count else 1.0), sorted(left), wrong

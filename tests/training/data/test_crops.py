@@ -1,4 +1,4 @@
-"""Random changes of images with boxes: boxes stay on their objects; the same for one seed; targets are the encoder's."""
+"""Random changes of images with boxes: boxes stay on their objects, the same for one seed, and become targets."""
 
 import dataclasses
 
@@ -105,7 +105,7 @@ def test_a_canvas_is_grey_around_the_image(rng):
 
 def test_objects_whose_centre_is_outside_go(rng):
     image, own = painted(rng)
-    left, top, right, bottom = own.boxes[1]
+    left, _, right, _ = own.boxes[1]
     _, objects = crops.crop(Image.fromarray(image), own, (float((left + right) / 2 + 0.5), 0.0, 120.0, 90.0), 64)
     assert objects.classes.tolist() == [2]
     _, objects = crops.crop(Image.fromarray(image), own, (float((left + right) / 2 - 0.5), 0.0, 120.0, 90.0), 64)

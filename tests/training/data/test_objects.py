@@ -183,7 +183,7 @@ def voc_of_an_empty_set(folder):
 def test_what_does_not_fit_is_one_sentence(change, told, tmp_path):
     coco(tmp_path)
     change(tmp_path)
-    with pytest.raises(ValueError, match="must have|must be") as caught:
+    with pytest.raises(ValueError, match=r"must have|must be") as caught:
         objects.load(str(tmp_path), 32)
     message = str(caught.value)
     assert told in message

@@ -26,19 +26,19 @@ def detections(*rows):
     return Detections(rows[:, :4].astype("float32"), rows[:, 4].astype("int32"), rows[:, 5].astype("float32"))
 
 
-# Two images, classes 0 to 2, of which the last has no object that counts.
+# Two images, classes 0 to 2, of which the last has no object.
 TRUTH = [
-    objects((0, 0, 10, 10, 0, 0), (20, 20, 30, 30, 0, 0), (50, 50, 60, 60, 1, 0), (70, 70, 90, 90, 2, 1)),
+    objects((0, 0, 10, 10, 0, 0), (20, 20, 30, 30, 0, 0), (50, 50, 60, 60, 1, 0), (70, 70, 90, 90, 1, 1)),
     objects((0, 0, 10, 10, 0, 0)),
 ]
 FOUND = [
-    # Class 0: one that fits, one that is nowhere; class 1: one of IoU 0.8; class 2: two within what is ignored.
+    # Class 0: one that fits, one that is nowhere. Class 1: two within what is ignored, before one of IoU 0.8.
     detections(
         (0, 0, 10, 10, 0, 0.9),
         (40, 0, 50, 10, 0, 0.8),
-        (50, 50, 60, 58, 1, 0.7),
-        (70, 70, 80, 80, 2, 0.6),
-        (70, 70, 80, 80, 2, 0.5),
+        (70, 70, 80, 80, 1, 0.7),
+        (70, 70, 80, 80, 1, 0.7),
+        (50, 50, 60, 58, 1, 0.6),
     ),
     detections((0, 0, 10, 10, 0, 0.6)),
 ]
@@ -76,10 +76,8 @@ def test_what_is_missing_is_told(monkeypatch):
 
 def test_what_is_missed_and_wrong():
     value, missed, wrong = detection.quality(TRUTH[0], FOUND[0])
-    # The second of class 0, the one that is nowhere, and the two that fill a quarter of what is ignored.
-    assert missed == [1]
-    assert wrong == [1, 3, 4]
-    assert value == pytest.approx((1 + 0.8) / 6)
+    assert (missed, wrong) == ([1], [1])
+    assert value == pytest.approx((1 + 0.8) / 4)
     assert detection.quality(objects(), detections()) == (1, [], [])
     # A score below what is shown does not count, another class does not find, and an object is found once.
     once = detections((0, 0, 10, 10, 1, 0.9), (0, 0, 10, 10, 0, 0.8), (0, 0, 10, 10, 0, 0.7), (0, 0, 10, 10, 0, 0.4))

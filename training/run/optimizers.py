@@ -34,7 +34,7 @@ def compile_model(
         with engine.scope():
             optimizer.build(model.trainable_variables)
             # Keras makes the means of the two losses when it computes them first; a checkpoint holds them.
-            found = {name: keras.ops.zeros((1, *shape[1:])) for name, shape in model.output_shape.items()}
+            found = {name: keras.ops.zeros((1, *y.shape[1:])) for name, y in model.output.items()}
             boxes = found["boxes"].shape[1]
             nothing = {"boxes": keras.ops.zeros((1, boxes, 5)), "classes": keras.ops.zeros((1, boxes), "int32")}
             model.compute_loss(None, nothing, found)

@@ -100,7 +100,7 @@ def test_a_canvas_is_grey_around_the_image(rng):
     assert (pixels[:32] == 127).all()
     assert (pixels[:, :32] == 127).all()
     assert (pixels[33:, 33:] != 127).any()
-    np.testing.assert_allclose(objects.boxes, own.boxes * [64 / 240, 64 / 180] * 2 + 32, atol=1e-4)
+    np.testing.assert_allclose(objects.boxes, own.boxes * ([64 / 240, 64 / 180] * 2) + 32, atol=1e-4)
 
 
 def test_objects_whose_centre_is_outside_go(rng):
@@ -138,7 +138,7 @@ def test_an_evaluation_has_whole_images_and_all_objects(rng):
     (images, objects), (rest, _) = batches.stream(epochs=1)
     assert (images.shape, images.dtype, len(rest)) == ((2, 64, 64, 3), "float32", 1)
     np.testing.assert_array_equal(images[0], images[1])
-    np.testing.assert_allclose(objects[0].boxes, own.boxes * [64 / 120, 64 / 90] * 2, atol=1e-4)
+    np.testing.assert_allclose(objects[0].boxes, own.boxes * ([64 / 120, 64 / 90] * 2), atol=1e-4)
     assert objects[0].ignored.tolist() == [False, True, False]
 
 

@@ -50,8 +50,9 @@ def test_the_mean_of_a_case_by_hand():
     # Precision 1 up to recall 1/3, and 2/3 up to 2/3: of 101 recalls 34 and 33; the rest is 0.
     expected = (34 + 33 * 2 / 3) / 101
     assert first == {"objects": 3, **dict.fromkeys(("ap", "ap_50", "ap_75"), pytest.approx(expected))}
+    whole = pytest.approx(1)
     # An IoU of 0.8 is enough for seven of ten.
-    assert second == {"objects": 1, "ap": pytest.approx(0.7), "ap_50": 1, "ap_75": 1}
+    assert second == {"objects": 1, "ap": pytest.approx(0.7), "ap_50": whole, "ap_75": whole}
     assert third == {"objects": 0, "ap": None, "ap_50": None, "ap_75": None}
     assert found.mean_50 == pytest.approx((expected + 1) / 2)
     assert found.mean == pytest.approx((expected + 0.7) / 2)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -15,12 +16,13 @@ from training import evaluate
 from training import scenes as command
 from training.__main__ import RECIPES
 from training.data import crops, objects, scenes
+from training.data.objects import overlaps
 from training.parallel import engines
 from training.report import average_precision
 from training.report.average_precision import Detections
-from training.run import optimizers, train
+from training.run import optimizers, train, validation
 from training.state import signals
-from training.state.signals import Stopped
+from training.state.signals import Stop, Stopped
 
 CONFIG = RECIPES["detection"].CONFIG
 
@@ -55,6 +57,7 @@ def whole(folder, tmp_path_factory):
     return path, train.run(small(folder, path, epochs=2), "the command")
 
 
+@once_on("torch")
 def test_a_run_leaves_its_measures_and_the_worst_images(whole):
     path, found = whole
     assert found["test_images"] == 2
@@ -129,9 +132,34 @@ def test_pycocotools_is_asked_for_before_the_training(folder, monkeypatch):
         train.check_packages(small(folder, None))
 
 
-@once_on("torch")
-def test_the_means_of_all_losses_are_there_before_the_first_step(folder):
-    model = keras_mnv2.SSDLite((32, 32, 3), alpha=0.35, weights_backbone=None, classes=2)
-    means = optimizers.compile_model(model, small(folder, None), 2)
+@pytest.fixture(scope="module")
+def network():
+    return keras_mnv2.SSDLite((32, 32, 3), alpha=0.35, weights_backbone=None, classes=10)
+
+
+def test_who_says_the_targets_detects_all_objects(network, folder):
+    batches = crops.evaluation_batches(objects.load(str(folder), 32).train, 10, small(folder, None))
+    batches.for_model(network)
+    _, truth = batches[0]
+    targets = batches.encode(truth)
+    # Every other image has nothing found.
+    logits = 20 * np.eye(11, dtype="float32")[targets["classes"]]
+    logits[1::2] = [20, *[0] * 10]
+    outputs = {"boxes": targets["boxes"][..., :4], "classes": logits}
+    batches.split = objects.FileObjectSplit(batches.split.annotations[:4])
+    read, found, loss = validation.detections(SimpleNamespace(stop=Stop()), lambda images: outputs, batches)
+    assert [len(one.boxes) for one in read] == [len(one.boxes) for one in truth]
+    for one, other, label in zip(read, found, range(4), strict=True):
+        # Boxes that are alike go, and what is left is at the objects.
+        assert set(other.classes) == (set() if label % 2 else set(one.classes))
+        if not label % 2:
+            assert overlaps(one.boxes, other.boxes).max(axis=1).min() > 0.95
+    missed = targets["boxes"][1::2, :, 4].sum()
+    # A box that is missed costs 20, and those of the background next to nothing.
+    assert loss == pytest.approx(20 * missed / targets["boxes"][..., 4].sum(), rel=1e-3)
+
+
+def test_the_means_of_all_losses_are_there_before_the_first_step(network, folder):
+    means = optimizers.compile_model(network, small(folder, None), 2)
     assert [mean.name for mean in means] == ["loss", "boxes_loss", "classes_loss"]
     assert [float(mean.result()) for mean in means] == [0, 0, 0]

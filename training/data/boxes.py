@@ -105,7 +105,7 @@ def read_coco(file: Path, images: Path) -> tuple[list[Annotation], tuple[str, ..
         by_image[row["image_id"]].append(_Row(entry, corners, classes[row["category_id"]], bool(row.get("iscrowd"))))
     found = []
     for row in lists["images"]:
-        size = (row.get("width"), row.get("height"))
+        size: Any = (row.get("width"), row.get("height"))
         if not all(type(side) is int and side > 0 for side in size):
             raise wrong(f"with width and height of image {row['id']!r}, got {size[0]!r} and {size[1]!r}")
         found.append(_annotation(_path(images, row["file_name"], wrong), size, by_image[row["id"]], wrong))

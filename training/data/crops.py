@@ -145,8 +145,7 @@ def random_crop(size: tuple[int, int], objects: Objects, config: Config, rng: np
     Returns:
         (left, top, right, bottom) in pixels of the image, and beyond it where the canvas is larger.
     """
-    width, height = size
-    left, top = 0.0, 0.0
+    left, top, width, height = 0.0, 0.0, float(size[0]), float(size[1])
     if config.zoom_out > 1 and rng.random() < 0.5:
         factor = rng.uniform(1, config.zoom_out)
         left, top = (-side * (factor - 1) * place for side, place in zip(size, rng.random(2), strict=True))

@@ -167,8 +167,8 @@ def _coco_files(path: Path) -> dict[str, tuple[Path, Path]]:
 def _voc(path: Path) -> tuple[dict[str, list[Annotation]], tuple[str, ...]]:
     """The same of Pascal VOC's folder. The classes are those of all its parts, sorted."""
     chosen: dict[str, list[str]] = {}
-    for part, names in {**SPLIT_NAMES, "train": (*SPLIT_NAMES["train"], "trainval")}.items():
-        files = (path / VOC_SETS / f"{name}.txt" for name in names)
+    for part, stems in {**SPLIT_NAMES, "train": (*SPLIT_NAMES["train"], "trainval")}.items():
+        files = (path / VOC_SETS / f"{stem}.txt" for stem in stems)
         if file := next((file for file in files if file.is_file()), None):
             chosen[part] = _image_set(file)
     for folder, there in ((VOC_ANNOTATIONS, (path / VOC_ANNOTATIONS).is_dir()), (f"{VOC_SETS}/train.txt", chosen)):

@@ -36,7 +36,7 @@ def build_model(
         )
     if config.task == "detection":
         del common["dropout"]
-        scales = {} if config.box_scales is None else {"scales": config.box_scales}
+        scales: dict[str, Any] = {} if config.box_scales is None else {"scales": config.box_scales}
         return keras_mnv2.SSDLite(
             **common,
             weights_backbone=config.weights_backbone,

@@ -26,8 +26,8 @@ def validate(run: Run, config: Config, model: keras.Model, batches: Batches) -> 
         Stopped: where a signal has come.
     """
     if isinstance(batches, ObjectBatches):
-        truth, found, loss = detections(run, run.engine.predictor(model), batches)
-        measures = average_precision.measure(truth, found, batches.classes)
+        truth, detected, loss = detections(run, run.engine.predictor(model), batches)
+        measures = average_precision.measure(truth, detected, batches.classes)
         return {"val_map": measures.mean, "val_map_50": measures.mean_50, "val_loss": loss + penalty_of(model)}
     loss = loss_of(config, reduction="none")
     predict = run.engine.predictor(model)

@@ -1,7 +1,8 @@
 """Boxes around the objects of your own images, by SSDLite; by default handwritten digits on photographs.
 
-The crops, the canvas and the colours that training images are changed by are SSD's (Liu et al. 2016, arXiv 1512.02325,
-section 2.2 and 3.6). Digits are never mirrored; add `--flip` for objects that may be.
+The crops, the canvas and the colours that training images may be changed by are SSD's (Liu et al. 2016, arXiv
+1512.02325, sections 2.2 and 3.6). Of the digits the colours change alone, since they come in random places and sizes;
+for your own objects add `--iou-crop --zoom-out 4 --flip`, and the size and the default boxes that fit them.
 
 Command: `python -m training detection`, or `python -m training detection --dataset FOLDER` with a folder of COCO's or
 Pascal VOC's layout.
@@ -14,15 +15,14 @@ CONFIG = Config(
     recipe="detection",
     task="detection",
     dataset="scenes",
-    image_size=128,
+    image_size=96,
     alpha=0.35,
-    # The digits are 0.3 to 0.7 of an image.
+    # The digits are 0.4 to 0.7 of an image, and always whole.
     box_scales=(0.4, 0.55, 0.7, 0.8, 0.9, 0.95, 1.0),
     reduce_lowest=False,
     epochs=30,
-    batch_size=32,
-    learning_rate=3e-3,
+    batch_size=16,
+    learning_rate=2e-3,
     weight_decay=0.01,
-    zoom_out=1.5,
     photometric=True,
 )

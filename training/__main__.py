@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from . import process, ranges
 from .config import Config
 from .process import fail
-from .recipes import cifar10, digits, paper, segmentation, torchvision, torchvision_v2, transfer
+from .recipes import cifar10, detection, digits, paper, segmentation, torchvision, torchvision_v2, transfer
 
 RECIPES = {
     "digits": digits,
@@ -18,6 +18,7 @@ RECIPES = {
     "torchvision": torchvision,
     "torchvision_v2": torchvision_v2,
     "segmentation": segmentation,
+    "detection": detection,
 }
 DEFAULT = "digits"
 

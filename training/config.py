@@ -22,6 +22,7 @@ from .ranges import (
     Part,
     Positive,
     Rate,
+    Scales,
     Seed,
     Side,
     Stages,
@@ -32,13 +33,22 @@ from .ranges import (
 FREE = {"free": True}
 
 # What the history calls the measure that a task is judged by.
-MEASURES = {"classification": "accuracy", "segmentation": "mean_iou"}
+MEASURES = {"classification": "accuracy", "segmentation": "mean_iou", "detection": "map"}
 # Settings that a task does not have: they must be what they are by default.
 FOREIGN = {
-    "classification": ("weights_backbone", "output_stride", "aspp", "rescale"),
+    "classification": (
+        "weights_backbone", "output_stride", "aspp", "rescale", "box_scales", "reduce_lowest", "iou_crop", "zoom_out",
+        "photometric",
+    ),
     "segmentation": (
         "data_dir", "stem_stride", "stages", "head_epochs", "unfreeze_from", "label_smoothing", "class_weights",
         "shift", "pad", "crop_area", "trivial_augment", "mixup", "cutmix", "erase", "resize", "quantize_epochs",
+        "box_scales", "reduce_lowest", "iou_crop", "zoom_out", "photometric",
+    ),
+    "detection": (
+        "data_dir", "stem_stride", "stages", "dropout", "output_stride", "aspp", "head_epochs", "unfreeze_from",
+        "label_smoothing", "class_weights", "shift", "pad", "crop_area", "rescale", "trivial_augment", "mixup",
+        "cutmix", "erase", "evaluation_size", "resize", "quantize_epochs",
     ),
 }  # fmt: skip
 
@@ -56,7 +66,8 @@ class Config:
     dataset: str = field(metadata=FREE)
     """`digits`, a folder of class folders (or of `train`, `validation` and `test` folders of them), a `.npz` file with
     `x_train`, `y_train` and so on, or a data set of TFDS; for segmentation `scenes`, or a folder of `images` and
-    `masks` folders (or of `train`, `validation` and `test` folders of them)."""
+    `masks` folders (or of `train`, `validation` and `test` folders of them); for detection `scenes`, or a folder of
+    COCO's layout (`annotations/train.json` beside a folder `train` of images) or Pascal VOC's."""
     image_size: Side
     """Side of the training images, in pixels."""
     epochs: CountOr0
@@ -65,8 +76,8 @@ class Config:
     """Images a step, of all workers together; see `scale_with_devices`."""
     learning_rate: Positive
     """Peak of the learning rate."""
-    task: Literal["classification", "segmentation"] = "classification"
-    """What the network gives: a class for each image, or for each pixel (`DeepLabV3`)."""
+    task: Literal["classification", "segmentation", "detection"] = "classification"
+    """What the network gives: a class for each image, a class for each pixel (`DeepLabV3`), or boxes (`SSDLite`)."""
     data_dir: Path | None = field(default=None, metadata=FREE)
     """Where TFDS keeps its data sets; by default ~/tensorflow_datasets."""
     held_out: bool = True
@@ -83,11 +94,17 @@ class Config:
     weights: str | None = None
     """What the model starts with: a published checkpoint's name, or a file; by default random weights."""
     weights_backbone: str | None = None
-    """Segmentation without `weights`: what the backbone starts with, a classifier's published checkpoint or file."""
+    """Segmentation and detection without `weights`: what the backbone starts with, a classifier's published checkpoint
+    or file."""
     output_stride: Literal[8, 16] = 16
     """Segmentation: pixels of the image per pixel of the head, along one side."""
     aspp: bool = False
     """Segmentation: whether the head has its three dilated branches."""
+    box_scales: Scales = None
+    """Detection: sizes of the default boxes on each of the six maps and one more, as parts of the image's side; by
+    default 0.2 to 0.95, and 1."""
+    reduce_lowest: bool = True
+    """Detection: whether the first map has three default boxes a place, and not six."""
     head_epochs: CountOr0 = 0
     """Epochs in which only a new classifier is trained, on the features of the frozen network."""
     head_learning_rate: Positive = 0.01
@@ -120,8 +137,8 @@ class Config:
     class_weights: bool = False
     """Whether images of rare classes count more: by the mean over the number of images of their class."""
     early_stopping: CountOr0 = 0
-    """Epochs without a better validation accuracy, or mean IoU, after which training ends, with the best weights; 0
-    trains all."""
+    """Epochs without a better validation accuracy, mean IoU or mAP, after which training ends, with the best weights;
+    0 trains all."""
     ema: MaybeRate = None
     """Fraction of the average of the weights that a step keeps; the average is what is validated, tested and saved."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -136,6 +153,12 @@ class Config:
     rescale: Factor = 1.0
     """Segmentation: largest factor by which a training image is enlarged or reduced at random, before a random window
     of it is cut out."""
+    iou_crop: bool = False
+    """Detection: whether training images are cropped as SSD's are, by what a crop overlaps (Liu et al. 2016)."""
+    zoom_out: Factor = 1.0
+    """Detection: largest factor by which half of the training images lie on a larger grey canvas (SSD's is 4)."""
+    photometric: bool = False
+    """Detection: whether brightness, contrast, saturation and hue of the training images change at random, as SSD's."""
     flip: bool = False
     """Whether half of the training images are mirrored."""
     trivial_augment: bool = False

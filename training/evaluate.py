@@ -1,5 +1,6 @@
 """`python -m training.evaluate MODEL`: accuracy, confusion and mistakes of a model on a data set."""
 
+import json
 import shlex
 import sys
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import tyro
 
 from . import files, process
+from .config import MEASURES
 from .process import fail
 from .ranges import Batch, MaybePixels, MaybePositive, check_all, parsed
 
@@ -77,6 +79,7 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
     from .report import evaluation, metrics, mistakes, page
     from .report.versions import versions
 
+    _check_task(options.model)
     network = keras_mnv2.load_classifier(
         options.model, image_size=options.image_size, alpha=options.alpha, scale=options.scale
     )
@@ -172,6 +175,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if skipped := results["skipped"]:
         print(f"\n{len(skipped)} images could not be read and were skipped:")
         print("\n".join(f"{name}: {why}" for name, why in sorted(skipped.items())))
+
+
+def _check_task(model: str) -> None:
+    """Raises a ValueError where a model is of a run whose task is another."""
+    path = Path(model)
+    try:
+        folder = path if path.is_dir() and (path / "config.json").exists() else path.parent
+        task = json.loads((folder / "config.json").read_text("utf-8"))["task"] if path.exists() else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if task in MEASURES and task != "classification":
+        raise ValueError(
+            f"model must be a classifier, got {model!r} of a run of {task}, whose own test is in its report.html and "
+            "metrics.json."
+        )
 
 
 def _first_scores(network, size, batch_size):

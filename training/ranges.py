@@ -48,6 +48,20 @@ def _rows(width: int) -> Callable[[str, Any], tuple[tuple[int, ...], ...]]:
     return check
 
 
+def _positive_numbers(count: int) -> Callable[[str, Any], tuple[float, ...]]:
+    """The check of so many numbers above 0."""
+
+    def check(name: str, value: Any) -> tuple[float, ...]:
+        try:
+            if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != count:
+                raise ValueError
+            return tuple(float(_library.check_positive(name, number)) for number in value)
+        except (ValueError, TypeError):
+            raise ValueError(f"{name} must be {count} finite numbers above 0, got {value!r}.") from None
+
+    return check
+
+
 def _whole(least: int, most: int | None = None) -> Callable[[str, Any], int]:
     return functools.partial(_library.check_whole, least=least, most=most)
 
@@ -93,6 +107,8 @@ MaybePart = Annotated[float | None, _PART, tyro.conf.arg(metavar="None|0<FLOAT<=
 # On the command line a flag, which may also be left out.
 MaybeFlag = Annotated[bool | None, _library.check_flag, tyro.conf.DisallowNone]
 Stages = Annotated[tuple[tuple[int, int, int, int], ...] | None, _rows(4)]
+# Of the six maps of a detector, and one more.
+Scales = Annotated[tuple[float, ...] | None, _positive_numbers(7)]
 
 
 def checked(name: str, kind: Any, value: Any) -> Any:

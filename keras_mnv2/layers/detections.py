@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_mnv2.annotations import Shape, Tensor
 from keras_mnv2.arguments import data_format_name
-from keras_mnv2.checks import check_flag, check_rate, check_whole
+from keras_mnv2.checks import check_rate, check_whole
 from keras_mnv2.layers.fusing import Simple
 from keras_mnv2.ops import take_of_rows
 from keras_mnv2.tasks.boxes import ASPECT_RATIOS, CODE_WEIGHTS, SCALES, check_shapes, check_sides, default_boxes
@@ -84,9 +84,8 @@ class _WithDefaultBoxes(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.reduce_lowest = check_flag("reduce_lowest", reduce_lowest)
         self.image_size = check_sides("image_size", image_size)
-        self.scales, self.aspect_ratios = check_shapes(scales, aspect_ratios)
+        self.scales, self.aspect_ratios, self.reduce_lowest = check_shapes(scales, aspect_ratios, reduce_lowest)
         if isinstance(map_sizes, str) or not isinstance(map_sizes, Sequence) or len(map_sizes) != len(aspect_ratios):
             raise ValueError(f"map_sizes must be {len(aspect_ratios)} times (height, width), got {map_sizes!r}.")
         self.map_sizes = tuple(check_sides("map_sizes", sides) for sides in map_sizes)

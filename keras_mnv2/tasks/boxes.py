@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_mnv2.checks import check_positive, check_whole
+from keras_mnv2.checks import check_flag, check_positive, check_whole
 
 # Of the authors' SSDLite (`ssd_anchor_generator` of their configuration) and torchvision's: 0.2 to 0.95 of the image,
 # and 1 behind the last, for the second square.
@@ -21,11 +21,13 @@ CODE_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 MOST_RATIOS = 16
 
 
-def check_shapes(scales: Any, aspect_ratios: Any) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...]]:
-    """Scales and aspect ratios as tuples of numbers.
+def check_shapes(
+    scales: Any, aspect_ratios: Any, reduce_lowest: Any
+) -> tuple[tuple[float, ...], tuple[tuple[float, ...], ...], bool]:
+    """The shapes of default boxes: scales and aspect ratios as tuples of numbers, and `reduce_lowest`.
 
     Raises:
-        ValueError: unless there is a sequence of ratios for each map, and a scale for each and one more.
+        ValueError: unless there is a sequence of ratios for each map, a scale for each and one more, and a flag.
     """
     if isinstance(aspect_ratios, str) or not isinstance(aspect_ratios, Sequence) or not aspect_ratios:
         raise ValueError(f"aspect_ratios must be a sequence of ratios for each map, got {aspect_ratios!r}.")
@@ -37,7 +39,8 @@ def check_shapes(scales: Any, aspect_ratios: Any) -> tuple[tuple[float, ...], tu
     checked = tuple(
         tuple(check_positive("aspect_ratios: a ratio", r, 1000) for r in ratios) for ratios in aspect_ratios
     )
-    return tuple(check_positive("scales: a scale", scale, 1000) for scale in scales), checked
+    found = tuple(check_positive("scales: a scale", scale, 1000) for scale in scales)
+    return found, checked, check_flag("reduce_lowest", reduce_lowest)
 
 
 def check_sides(name: str, sides: Any) -> tuple[int, int]:

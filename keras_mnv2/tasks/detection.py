@@ -12,7 +12,7 @@ from keras_mnv2.annotations import PathLike
 from keras_mnv2.architecture import detection_plan, plan
 from keras_mnv2.arguments import check_graph, data_format_name, dtype_policy
 from keras_mnv2.build import apply_extra, apply_prediction
-from keras_mnv2.checks import check_flag, check_number, check_whole
+from keras_mnv2.checks import check_number, check_whole
 from keras_mnv2.cost import MOST_PARAMETERS, check_size
 from keras_mnv2.layers.detections import DefaultBoxes, Detections, JoinMaps
 from keras_mnv2.model import MobileNetV2, weights_and_settings
@@ -93,8 +93,7 @@ def SSDLite(
     """
     data_format = data_format_name(data_format)
     policy = dtype_policy(dtype)
-    scales, aspect_ratios = check_shapes(scales, aspect_ratios)
-    reduce_lowest = check_flag("reduce_lowest", reduce_lowest)
+    scales, aspect_ratios, reduce_lowest = check_shapes(scales, aspect_ratios, reduce_lowest)
     if len(aspect_ratios) != len(ASPECT_RATIOS):
         raise ValueError(f"aspect_ratios must be of {len(ASPECT_RATIOS)} maps, got {len(aspect_ratios)}.")
     counts = boxes_per_place(aspect_ratios, reduce_lowest)

@@ -400,7 +400,7 @@ def test_train_hands_its_words_to_the_training(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main(["train", "mnist"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith("torchvision_v2, segmentation, got 'mnist'.\n")
+    assert capsys.readouterr().err.endswith("torchvision_v2, segmentation, detection, got 'mnist'.\n")
     with pytest.raises(SystemExit) as ended:
         main(["train", "transfer", "--help"])
     assert not ended.value.code

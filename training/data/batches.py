@@ -43,8 +43,6 @@ class Batches(keras.utils.PyDataset):
     same for any number of processes, but for what Keras's layers draw, which they draw for a process's rows.
     """
 
-    target_type = "float32"
-
     def __init__(
         self,
         split: Split,
@@ -79,11 +77,11 @@ class Batches(keras.utils.PyDataset):
         if found is None:
             # `fit` cannot validate on nothing: a black image of no class.
             images, labels = next(filter(None, (self.batch(0, other) for other in range(len(self)))))
-            found = np.zeros_like(images[:1]), np.zeros_like(labels[:1])
+            found = np.zeros_like(images[:1]), self.nothing(labels)
         return found
 
-    def batch(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Images and labels of batch `index` in `epoch`; None where none of them can be read.
+    def batch(self, epoch: int, index: int) -> tuple[np.ndarray, Any] | None:
+        """Images and targets of batch `index` in `epoch`; None where none of them can be read.
 
         An image that cannot be read is left out of an ordered split. In training the next readable one of the data set
         takes its place, so that batches keep their shape.
@@ -111,26 +109,31 @@ class Batches(keras.utils.PyDataset):
         if self.change is not None:
             seed = int(np.random.default_rng(position).integers(2**31))
             images, labels = self.change(images, labels, seed, first, self.batch_size)
-        return images.astype("float32"), labels.astype(self.target_type)
+        return images.astype("float32"), labels
 
     def example(self, i: int, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
         """The image `i` of the split as it goes into a batch, and its label."""
         image, label = self.split[i]
         return self.prepare(image, rng), label
 
-    def targets(self, labels: list[Any]) -> np.ndarray:
+    def targets(self, labels: list[Any]) -> Any:
         """What the labels of the images of a batch are for the training."""
-        return keras.utils.to_categorical(labels, self.classes)
+        return keras.utils.to_categorical(labels, self.classes).astype("float32")
 
-    def stream(
-        self, epoch: int = 0, step: int = 0, epochs: int | None = None
-    ) -> Generator[tuple[np.ndarray, np.ndarray]]:
+    def nothing(self, targets: Any) -> Any:
+        """What stands for an image without a class, beside such targets."""
+        return np.zeros_like(targets[:1])
+
+    def for_model(self, model: keras.Model) -> None:
+        """Is told the model that is trained, before the first batch, where the targets depend on it."""
+
+    def stream(self, epoch: int = 0, step: int = 0, epochs: int | None = None) -> Generator[tuple[np.ndarray, Any]]:
         """All batches from a place on, for so many epochs or without end, made ahead by threads."""
         return (batch for _, batch in self.numbered_stream(epoch, step, epochs))
 
     def numbered_stream(
         self, epoch: int = 0, step: int = 0, epochs: int | None = None, until: int | None = None
-    ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+    ) -> Iterator[tuple[int, tuple[np.ndarray, Any]]]:
         """The same with the index of each batch in its epoch, which ends before the index `until`."""
         numbers = itertools.count(epoch) if epochs is None else range(epoch, epoch + epochs)
         first, every = self.shard if self.seed is None else (0, 1)
@@ -155,9 +158,7 @@ class Batches(keras.utils.PyDataset):
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def for_fit(
-        self, batches: Iterator[tuple[np.ndarray, np.ndarray]], class_weight: dict[int, float] | None = None
-    ) -> Any:
+    def for_fit(self, batches: Iterator[tuple[np.ndarray, Any]], class_weight: dict[int, float] | None = None) -> Any:
         """Batches of a stream as `fit` takes them, together with `steps_per_epoch`.
 
         With weights of the classes each batch has those of its images too, by their largest label: `fit` takes
@@ -176,21 +177,19 @@ class Batches(keras.utils.PyDataset):
         import tensorflow as tf
 
         # Keras would prefetch from a generator, and `waited` would be the time that its reader waits, not the training.
-        types = ("float32", self.target_type)
-        specs = [tf.TensorSpec((None, *shape), type) for shape, type in zip(self.shapes, types, strict=True)]
-        specs += [] if class_weight is None else [tf.TensorSpec((None,), "float32")]
-        return tf.data.Dataset.from_generator(stream, output_signature=tuple(specs))
+        specs = keras.tree.map_structure(lambda empty: tf.TensorSpec((None, *empty.shape[1:]), empty.dtype), self.empty)
+        specs += () if class_weight is None else (tf.TensorSpec((None,), "float32"),)
+        return tf.data.Dataset.from_generator(stream, output_signature=specs)
 
     @functools.cached_property
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of an image and of its label."""
-        images, labels = self[0]
-        return images.shape[1:], labels.shape[1:]
+    def empty(self) -> tuple[np.ndarray, Any]:
+        """A batch without images, of the shapes and types of all."""
+        return keras.tree.map_structure(lambda array: array[:0].copy(), self[0])
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """(height, width, channels) of the images."""
-        return self.shapes[0]
+        return self.empty[0].shape[1:]
 
     def readable(self) -> list[int]:
         """The numbers of the split's images that an ordered reading gave."""

@@ -2,8 +2,9 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -16,27 +17,52 @@ MOST_JSON, MOST_XML = 2**30, 2**24
 BEYOND = 1.0
 
 
+# What is called wrong in a file, as the error that names it.
+Wrong = Callable[[str], ValueError]
+
+
 @dataclass(frozen=True, eq=False)
-class Boxes:
-    """The boxes of one image.
+class Objects:
+    """The objects on one image.
 
     Attributes:
-        path: of the image.
-        size: (width, height) of the image in pixels, as the annotation says.
-        boxes: float32 (boxes, 4): left, top, right and bottom edge in pixels, from the upper left corner of the image.
-        classes: of each box, the number of its name, (boxes,).
-        ignored: of each box, whether an evaluation leaves it out, (boxes,): COCO's crowds, VOC's difficult objects.
+        boxes: float32 (objects, 4): left, top, right and bottom edge in pixels from the image's upper left corner.
+        classes: of each object, the number of its name, (objects,).
+        ignored: of each object, whether it does not count, (objects,): COCO's crowds, VOC's difficult objects.
     """
 
-    path: Path
-    size: tuple[int, int]
     boxes: np.ndarray
     classes: np.ndarray
     ignored: np.ndarray
 
 
-def read_coco(file: Path, images: Path) -> tuple[list[Boxes], tuple[str, ...]]:
+@dataclass(frozen=True, eq=False)
+class Annotation(Objects):
+    """What a file says of one image.
+
+    Attributes:
+        path: of the image.
+        size: (width, height) of the image in pixels, as the annotation says.
+    """
+
+    path: Path
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """An object of a file: what errors call it, its left, top, right and bottom, its class, whether it is ignored."""
+
+    entry: str
+    corners: tuple[float, float, float, float]
+    label: Any
+    ignored: bool
+
+
+def read_coco(file: Path, images: Path) -> tuple[list[Annotation], tuple[str, ...]]:
     """Reads a file of COCO's format: `images`, `annotations` with a `bbox` (left, top, width, height), `categories`.
+
+    Boxes without width or height are left out, with a warning that counts them.
 
     Args:
         file: the JSON file.
@@ -68,7 +94,8 @@ def read_coco(file: Path, images: Path) -> tuple[list[Boxes], tuple[str, ...]]:
         lists[name] = rows
     names = _numbered(lists["categories"], "name", str, wrong)
     classes = {number: place for place, number in enumerate(sorted(names))}
-    by_image: dict[int, list[Any]] = {number: [] for number in _numbered(lists["images"], "file_name", str, wrong)}
+    by_image: dict[int, list[_Row]] = {number: [] for number in _numbered(lists["images"], "file_name", str, wrong)}
+    flat = 0
     for row in lists["annotations"]:
         entry = f"annotation {row.get('id')!r}"
         for key, known in (("image_id", by_image), ("category_id", classes)):
@@ -78,20 +105,28 @@ def read_coco(file: Path, images: Path) -> tuple[list[Boxes], tuple[str, ...]]:
         if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
             raise wrong(f"with a bbox of four numbers in {entry}, got {box!r}")
         left, top, width, height = box
+        if 0 in (width, height):
+            flat += 1
+            continue
         corners = (left, top, left + width, top + height)
-        by_image[row["image_id"]].append((entry, corners, classes[row["category_id"]], bool(row.get("iscrowd"))))
+        by_image[row["image_id"]].append(_Row(entry, corners, classes[row["category_id"]], bool(row.get("iscrowd"))))
+    if flat:
+        warnings.warn(f"{flat} boxes of {str(file)!r} have no width or no height: they are left out.", stacklevel=2)
     found = []
     for row in lists["images"]:
-        size = (row.get("width"), row.get("height"))
+        size: Any = (row.get("width"), row.get("height"))
         if not all(type(side) is int and side > 0 for side in size):
             raise wrong(f"with width and height of image {row['id']!r}, got {size[0]!r} and {size[1]!r}")
-        found.append(_boxes(_path(images, row["file_name"], wrong), size, by_image[row["id"]], wrong))
+        found.append(_annotation(_path(images, row["file_name"], wrong), size, by_image[row["id"]], wrong))
     return found, tuple(names[number] for number in sorted(names))
 
 
 def read_voc(
-    annotations: Path, images: Path, class_names: Sequence[str] | None = None
-) -> tuple[list[Boxes], tuple[str, ...]]:
+    annotations: Path,
+    images: Path,
+    class_names: Sequence[str] | None = None,
+    chosen: Sequence[str] | None = None,
+) -> tuple[list[Annotation], tuple[str, ...]]:
     """Reads a folder of Pascal VOC's XML files, one an image.
 
     The development kit counts pixels from 1, and the last one is inside: `xmin` 1 and `xmax` 10 are the edges 0 and 10.
@@ -100,34 +135,40 @@ def read_voc(
         annotations: the folder of `.xml` files.
         images: the folder that the names of files count from.
         class_names: of all classes; by default those that there are, sorted.
+        chosen: names of files without their suffix, which are read in this order; by default all, sorted.
 
     Returns:
-        The images in the order of the files' names, and the names: a class is the place of its name.
+        The images in the order of the files, and the names: a class is the place of its name.
 
     Raises:
         ValueError: on another content; it names the file and the entry.
         OSError: where a file cannot be read.
     """
     files = sorted(path for path in annotations.iterdir() if path.suffix == ".xml" and not path.name.startswith("."))
+    if chosen is not None:
+        known = {path.stem: path for path in files}
+        if missing := [name for name in chosen if name not in known]:
+            raise ValueError(f"annotations must have a file {missing[0]}.xml, got none in {str(annotations)!r}.")
+        files = [known[name] for name in chosen]
     if not files:
         raise ValueError(f"annotations must be a folder of .xml files, got {str(annotations)!r}, which has none.")
     read = [_read_voc(file) for file in files]
-    named = {row[2] for _, _, rows in read for row in rows}
+    named = {row.label for _, _, rows in read for row in rows}
     names = tuple(sorted(named) if class_names is None else class_names)
     classes = {name: place for place, name in enumerate(names)}
     found = []
     for file, (name, size, rows) in zip(files, read, strict=True):
         wrong = _voc_error(file)
-        for entry, _, label, _ in rows:
-            if label not in classes:
-                raise wrong(f"with one of the {len(names)} known names in {entry}, got {label!r}")
-        rows = [(entry, corners, classes[label], ignored) for entry, corners, label, ignored in rows]
-        found.append(_boxes(_path(images, name, wrong), size, rows, wrong))
+        for row in rows:
+            if row.label not in classes:
+                raise wrong(f"with one of the {len(names)} known names in {row.entry}, got {row.label!r}")
+        rows = [replace(row, label=classes[row.label]) for row in rows]
+        found.append(_annotation(_path(images, name, wrong), size, rows, wrong))
     return found, names
 
 
-def _read_voc(file):
-    """The image's name, its size, and of each object what it is called in errors, corners, class name, ignored."""
+def _read_voc(file: Path) -> tuple[str, tuple[int, int], list[_Row]]:
+    """The image's name, its size, and its objects, whose labels are names."""
     wrong = _voc_error(file)
     content = _bytes(file, MOST_XML)
     if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
@@ -138,19 +179,19 @@ def _read_voc(file):
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise wrong(f"which it is not: {error}") from error
 
-    def number(parent, name, entry):
+    def number(parent: ElementTree.Element, name: str, entry: str) -> float:
         text = parent.findtext(name)
         try:
-            value = float(text)
-        except (TypeError, ValueError):
+            value = float(text or "")
+        except ValueError:
             value = math.nan
         if not math.isfinite(value):
             raise wrong(f"with a number as {name} of {entry}, got {text!r}")
         return value
 
-    size = tuple(int(number(root, f"size/{name}", "the image")) for name in ("width", "height"))
-    if min(size) <= 0:
-        raise wrong(f"with sides above 0, got {size[0]} and {size[1]}")
+    width, height = (int(number(root, f"size/{name}", "the image")) for name in ("width", "height"))
+    if min(width, height) <= 0:
+        raise wrong(f"with sides above 0, got {width} and {height}")
     rows = []
     for i, row in enumerate(root.findall("object")):
         entry = f"object {i + 1}"
@@ -159,11 +200,11 @@ def _read_voc(file):
             raise wrong(f"with a name in {entry}, got none")
         left, top, right, bottom = (number(row, f"bndbox/{name}", entry) for name in ("xmin", "ymin", "xmax", "ymax"))
         difficult = (row.findtext("difficult") or "0").strip() == "1"
-        rows.append((entry, (left - 1, top - 1, right, bottom), label, difficult))
-    return (root.findtext("filename") or "").strip(), size, rows
+        rows.append(_Row(entry, (left - 1, top - 1, right, bottom), label, difficult))
+    return (root.findtext("filename") or "").strip(), (width, height), rows
 
 
-def _voc_error(file):
+def _voc_error(file: Path) -> Wrong:
     return lambda what: ValueError(f"The file {str(file)!r} must be Pascal VOC's XML, {what}.")
 
 
@@ -174,7 +215,7 @@ def _bytes(file: Path, most: int) -> bytes:
     return file.read_bytes()
 
 
-def _numbered(rows, key, kind, wrong):
+def _numbered(rows: Sequence[dict[str, Any]], key: str, kind: type, wrong: Wrong) -> dict[int, Any]:
     """The value of `key` of each row, by its id."""
     found = {}
     for row in rows:
@@ -189,11 +230,11 @@ def _numbered(rows, key, kind, wrong):
     return found
 
 
-def _is_number(value):
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _path(images: Path, name: str, wrong: Callable[[str], ValueError]) -> Path:
+def _path(images: Path, name: str, wrong: Wrong) -> Path:
     """The image of this name, which is below the folder."""
     place = PurePosixPath(name)
     if not name or place.is_absolute() or ".." in place.parts:
@@ -204,23 +245,23 @@ def _path(images: Path, name: str, wrong: Callable[[str], ValueError]) -> Path:
     return path
 
 
-def _boxes(path, size, rows, wrong):
+def _annotation(path: Path, size: tuple[int, int], rows: Sequence[_Row], wrong: Wrong) -> Annotation:
     """What was found, with the boxes inside the image."""
     edges = np.array([*size, *size], "float64")
-    for entry, corners, _, _ in rows:
-        left, top, right, bottom = corners
+    for row in rows:
+        left, top, right, bottom = row.corners
         if right <= left or bottom <= top:
-            raise wrong(f"with boxes of an area above 0, got {right - left:g} x {bottom - top:g} pixels in {entry}")
+            raise wrong(f"with boxes of an area above 0, got {right - left:g} x {bottom - top:g} pixels in {row.entry}")
         if min(left, top) < -BEYOND or right > size[0] + BEYOND or bottom > size[1] + BEYOND:
             raise wrong(
                 f"with boxes inside of their image of {size[0]}x{size[1]} pixels, got {left:g}, {top:g}, {right:g}, "
-                f"{bottom:g} in {entry}"
+                f"{bottom:g} in {row.entry}"
             )
-    boxes = np.array([corners for _, corners, _, _ in rows], "float64").reshape(-1, 4)
-    return Boxes(
+    boxes = np.array([row.corners for row in rows], "float64").reshape(-1, 4)
+    return Annotation(
+        np.clip(boxes, 0, edges).astype("float32"),
+        np.array([row.label for row in rows], "int64"),
+        np.array([row.ignored for row in rows], bool),
         path,
         size,
-        np.clip(boxes, 0, edges).astype("float32"),
-        np.array([label for _, _, label, _ in rows], "int64"),
-        np.array([ignored for _, _, _, ignored in rows], bool),
     )

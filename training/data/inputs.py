@@ -1,11 +1,13 @@
 """All that a run reads: its data set, as batches for the training, the validation and the test."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import keras
 import numpy as np
 
 from ..config import Config
-from . import batches, masks, sets, windows
+from . import batches, crops, masks, objects, sets, windows
 from .batches import Batches
 from .sets import Dataset
 
@@ -35,6 +37,11 @@ class Inputs:
         """In the order of the labels."""
         return self.dataset.class_names
 
+    def for_model(self, model: keras.Model) -> None:
+        """Is told the model that is trained, where what is read depends on it."""
+        for of_part in (self.train, self.ordered, self.validation, self.test):
+            of_part.for_model(model)
+
 
 def read(config: Config, shard: tuple[int, int] = (0, 1)) -> Inputs:
     """The inputs that the settings ask for.
@@ -48,6 +55,8 @@ def read(config: Config, shard: tuple[int, int] = (0, 1)) -> Inputs:
     """
     if config.task == "segmentation":
         dataset = masks.load(config.dataset, config.image_size, config.held_out)
+    elif config.task == "detection":
+        dataset = objects.load(config.dataset, config.image_size, config.held_out)
     else:
         dataset = sets.load(config.dataset, config.image_size, config.data_dir, config.held_out)
     return inputs_of(dataset, config, shard)
@@ -56,8 +65,8 @@ def read(config: Config, shard: tuple[int, int] = (0, 1)) -> Inputs:
 def inputs_of(dataset: Dataset, config: Config, shard: tuple[int, int] = (0, 1)) -> Inputs:
     """The same of a data set that has been read."""
     classes = len(dataset.class_names)
-    # Of images with a class each, or with a mask.
-    of = windows if config.task == "segmentation" else batches
+    # Of images with a class each, with a mask, or with boxes.
+    of: Any = {"classification": batches, "segmentation": windows, "detection": crops}[config.task]
     ordered, validation, test = (
         of.evaluation_batches(split, classes, config, shard)
         for split in (dataset.train, dataset.validation, dataset.test)

@@ -32,6 +32,9 @@ TFDS_NAME = re.compile(r"\w+(/[\w-]+)?(:\d+\.\d+\.\d+)?")
 class Split(abc.ABC):
     """Images and their labels, by number. `split[i]` is (image, label): a Pillow image or an array, and an integer."""
 
+    least_classes = 2
+    """How many a data set of such splits has at least."""
+
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
@@ -137,6 +140,9 @@ class Subset(Split):
     split: Split
     indices: np.ndarray
 
+    def __post_init__(self):
+        self.least_classes = self.split.least_classes
+
     def __len__(self):
         return len(self.indices)
 
@@ -168,7 +174,7 @@ class Dataset:
     class_names: tuple[str, ...]
 
     def __post_init__(self):
-        if len(self.class_names) < 2:
+        if len(self.class_names) < self.train.least_classes:
             raise ValueError(f"dataset must have at least two classes, got one, {self.class_names[0]!r}.")
 
     def fingerprint(self) -> dict[str, str]:

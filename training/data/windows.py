@@ -29,8 +29,6 @@ class MaskBatches(Batches):
         shard: likewise.
     """
 
-    target_type = "int32"
-
     def __init__(
         self,
         split: MaskSplit,
@@ -47,7 +45,7 @@ class MaskBatches(Batches):
         return self.prepare(*self.split[i], rng)
 
     def targets(self, labels):
-        return np.stack(labels)
+        return np.stack(labels).astype("int32")
 
 
 def training_batches(split: Any, classes: int, config: Config, shard: tuple[int, int] = (0, 1)) -> MaskBatches:

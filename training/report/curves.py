@@ -9,6 +9,7 @@ CHARTS: tuple[tuple[str, dict[str, str], Callable[[float], str]], ...] = (
     ("Loss", {"loss": "training", "val_loss": "validation"}, lambda value: f"{value:.4f}"),
     ("Accuracy", {"accuracy": "training", "val_accuracy": "validation"}, lambda value: f"{value:.2%}"),
     ("Mean IoU", {"mean_iou": "training", "val_mean_iou": "validation"}, lambda value: f"{value:.2%}"),
+    ("mAP", {"val_map": "validation", "val_map_50": "validation, IoU 0.5"}, lambda value: f"{value:.2%}"),
     ("Learning rate", {"learning_rate": "at the end of the epoch"}, lambda value: f"{value:.3g}"),
 )
 # Ticks of a whole axis, about.
@@ -23,8 +24,8 @@ def charts(phases: Mapping[str, History]) -> list[dict[str, Any]]:
     The phases of a training stand side by side, each as wide as the others, however many epochs it has.
 
     Args:
-        phases: by their names, the history of each: `loss`, `accuracy`, `mean_iou`, these with `val_` before them, and
-            `learning_rate`, a number an epoch; what is missing is left out.
+        phases: by their names, the history of each: `loss`, `accuracy`, `mean_iou`, these with `val_` before them,
+            `val_map`, `val_map_50` and `learning_rate`, a number an epoch; what is missing is left out.
 
     Returns:
         Of each chart `title`, `phases` (`name`, `left`, `width` and `ticks` of the epochs), `ticks` of the values,
@@ -64,7 +65,7 @@ def _chart(title, names, say, phases):
     finite = list(filter(math.isfinite, _values(names, phases)))
     ticks = nice_ticks(min(finite), max(finite))
     bottom, height = ticks[0], ticks[-1] - ticks[0]
-    percent = title in ("Accuracy", "Mean IoU")
+    percent = title in ("Accuracy", "Mean IoU", "mAP")
     lines = {key: {"name": name, "paths": [], "y": [], "values": []} for key, name in names.items()}
     shown, x, epochs = [], [], []
     width = 100 / len(phases)

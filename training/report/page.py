@@ -22,6 +22,8 @@ from .mistakes import Mistake
 MOST_CLASSES, PAIRS = 40, 30
 # Side of a picture in pixels: smaller images are enlarged, larger ones reduced.
 LEAST_SIDE, MOST_SIDE = 128, 256
+# Of detections that are shown.
+LEAST_SCORE = 0.5
 # Columns of the table of the epochs: heading, and how a value is said.
 COLUMNS = {
     "loss": ("loss", "{:.4f}"),
@@ -30,12 +32,17 @@ COLUMNS = {
     "val_accuracy": ("validation accuracy", "{:.2%}"),
     "mean_iou": ("mean IoU", "{:.2%}"),
     "val_mean_iou": ("validation mean IoU", "{:.2%}"),
+    "val_map": ("validation mAP", "{:.2%}"),
+    "val_map_50": ("validation mAP at IoU 0.5", "{:.2%}"),
     "learning_rate": ("learning rate", "{:.3g}"),
     "seconds": ("seconds", "{:.1f}"),
 }
-# Columns of the table of the classes: key and heading.
-FRACTIONS_OF_IMAGES = {"accuracy": "accuracy", "precision": "precision", "f1": "F1"}
-FRACTIONS_OF_PIXELS = {"iou": "IoU", "accuracy": "accuracy", "precision": "precision"}
+# Columns of the table of the classes by what is counted: key and heading.
+FRACTIONS = {
+    "images": {"accuracy": "accuracy", "precision": "precision", "f1": "F1"},
+    "pixels": {"iou": "IoU", "accuracy": "accuracy", "precision": "precision"},
+    "objects": {"ap": "AP", "ap_50": "AP at IoU 0.5", "ap_75": "AP at IoU 0.75"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Report:
         title: of the page.
         subtitle: a line on the model and the data.
         results: names and values; the first is shown largest.
-        matrix: confusion matrix (classes, classes), rows true and columns predicted.
+        matrix: confusion matrix (classes, classes), rows true and columns predicted; None for objects.
         class_names: in the order of the rows.
         mistakes: the worst, in their order.
         unreadable: names of images, and why they could not be read.
@@ -55,14 +62,15 @@ class Report:
         versions: of Python and packages.
         phases: the history of each phase of a training, by its name, as `curves.charts` takes it.
         no_maps: why the mistakes have no activation map; empty where they have.
-        pixels: whether pixels are counted, and not images.
-        worst: of pixels, the images of `segmentation.worst_images` in the place of mistakes.
+        counted: what has a class: `images`, `pixels` or `objects`.
+        worst: in the place of mistakes the images of `worst_images`, of `segmentation` or `detection`.
+        classes: of objects, the rows of the table of the classes.
     """
 
     title: str
     subtitle: str
     results: Sequence[tuple[str, str]]
-    matrix: np.ndarray
+    matrix: np.ndarray | None
     class_names: Sequence[str]
     mistakes: Sequence[Mistake]
     unreadable: Mapping[str, str]
@@ -71,8 +79,9 @@ class Report:
     versions: Mapping[str, str]
     phases: Mapping[str, curves.History] = dataclasses.field(default_factory=dict)
     no_maps: str = ""
-    pixels: bool = False
+    counted: str = "images"
     worst: Sequence[Any] = ()
+    classes: Sequence[Mapping[str, Any]] = ()
 
 
 def write(path: Path, report: Report) -> None:
@@ -105,7 +114,11 @@ def html(report: Report) -> str:
     script = (folder / "page.js").read_text("utf-8")
     environment.filters["grouped"] = "{:,}".format
     environment.filters["extract"] = lambda key, row: row[key]
-    many = len(report.class_names) > MOST_CLASSES
+    matrix, names = report.matrix, report.class_names
+    many = len(names) > MOST_CLASSES
+    rows: Sequence[Mapping[str, Any]] = report.classes
+    if matrix is not None:
+        rows = (metrics.per_class_of_pixels if report.counted == "pixels" else metrics.per_class)(matrix, names)
     return environment.get_template("page.html").render(
         report=report,
         style=Markup((folder / "page.css").read_text("utf-8")),
@@ -113,12 +126,13 @@ def html(report: Report) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         charts=curves.charts(report.phases),
         epochs=_epochs(report.phases),
-        matrix=None if many else report.matrix.tolist(),
-        pairs=metrics.most_confused(report.matrix, report.class_names, PAIRS) if many else [],
-        rows=(metrics.per_class_of_pixels if report.pixels else metrics.per_class)(report.matrix, report.class_names),
-        counted="pixels" if report.pixels else "images",
-        fractions=FRACTIONS_OF_PIXELS if report.pixels else FRACTIONS_OF_IMAGES,
+        matrix=None if many or matrix is None else matrix.tolist(),
+        pairs=metrics.most_confused(matrix, names, PAIRS) if many and matrix is not None else [],
+        rows=rows,
+        counted=report.counted,
+        fractions=FRACTIONS[report.counted],
         overlay=overlay,
+        least_score=LEAST_SCORE,
     )
 
 

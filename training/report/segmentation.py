@@ -121,7 +121,7 @@ def write_report(
         settings=dataclasses.asdict(config),
         versions=found["versions"],
         phases={"training": run.done["history"]} if run.done.get("history") else {},
-        pixels=True,
+        counted="pixels",
         worst=worst_images(inputs, worst),
     )
     page.write(run.folder / "report.html", report)

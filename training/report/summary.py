@@ -23,6 +23,14 @@ def results(found: Mapping[str, Any], history: Mapping[str, Sequence[float]], cl
             *([("best validation mean IoU", f"{max(history['val_mean_iou']):.2%}")] if history else []),
             *_cost(found, history),
         ]
+    if "test_map" in found:
+        best = [("best validation mAP at IoU 0.5", f"{max(history['val_map_50']):.2%}")] if history else []
+        return [
+            ("test mAP at IoU 0.5", f"{found['test_map_50']:.2%} of {found['test_images']} images"),
+            ("test mAP at IoU 0.5 to 0.95", f"{found['test_map']:.2%}"),
+            *best,
+            *_cost(found, history),
+        ]
     lines = [("test accuracy", f"{found['test_accuracy']:.2%} of {found['test_images']} images")]
     if "head_test_accuracy" in found:
         head = f"{found['head_test_accuracy']:.2%}, {duration(found['head_seconds'])}"

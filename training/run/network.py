@@ -34,6 +34,16 @@ def build_model(
             classifier_activation=None,
             name=f"deeplabv3_{config.recipe}",
         )
+    if config.task == "detection":
+        del common["dropout"]
+        scales: dict[str, Any] = {} if config.box_scales is None else {"scales": config.box_scales}
+        return keras_mnv2.SSDLite(
+            **common,
+            weights_backbone=config.weights_backbone,
+            reduce_lowest=config.reduce_lowest,
+            name=f"ssdlite_{config.recipe}",
+            **scales,
+        )
     return keras_mnv2.MobileNetV2(
         **common,
         inverted_residual_setting=config.stages,
@@ -45,6 +55,8 @@ def build_model(
 
 def for_inference(model: keras.Model, size: int, weights: list[np.ndarray] | None = None) -> keras.Model:
     """The trained network as a model that is not compiled, for images of `size`: no optimiser goes into its file.
+
+    Of detection it is `keras_mnv2.detector`, which gives boxes, scores and classes.
 
     Args:
         model: that was trained.
@@ -63,4 +75,4 @@ def for_inference(model: keras.Model, size: int, weights: list[np.ndarray] | Non
     final = type(model).from_config(config)
     final.set_weights(model.get_weights() if weights is None else weights)
     final.trainable = True
-    return final
+    return keras_mnv2.detector(final) if isinstance(final.output, dict) else final

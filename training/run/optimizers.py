@@ -5,6 +5,8 @@ from typing import Any
 import keras
 import numpy as np
 
+import keras_mnv2
+
 from ..config import Config
 from ..data.masks import IGNORED
 from ..parallel import engines
@@ -13,11 +15,11 @@ from ..parallel.engines import Engine
 
 def compile_model(
     model: keras.Model, config: Config, steps: int, engine: Engine = engines.ONE_DEVICE
-) -> tuple[keras.metrics.Metric, keras.metrics.Metric]:
+) -> tuple[keras.metrics.Metric, ...]:
     """Gives `model` the recipe's optimiser, schedule and loss, for epochs of so many steps.
 
     Returns:
-        The running means of the loss and of the task's measure.
+        The running means of the loss and of the task's measure; of detection of the loss and its two parts.
     """
     with engine.scope():
         optimizer = make_optimizer(config, steps)
@@ -27,6 +29,17 @@ def compile_model(
                 if variable.name == "kernel":
                     variable.regularizer = keras.regularizers.L2(config.weight_decay / 2)
     measure: keras.metrics.Metric
+    if config.task == "detection":
+        model.compile(optimizer, loss=box_losses())
+        with engine.scope():
+            optimizer.build(model.trainable_variables)
+            # Keras makes the means of the two losses when it computes them first; a checkpoint holds them.
+            found = {name: keras.ops.zeros((1, *y.shape[1:])) for name, y in model.output.items()}
+            boxes = found["boxes"].shape[1]
+            nothing = {"boxes": keras.ops.zeros((1, boxes, 5)), "classes": keras.ops.zeros((1, boxes), "int32")}
+            model.compute_loss(None, nothing, found)
+            model.reset_metrics()
+        return tuple(model.metrics)
     if config.task == "segmentation":
         classes = model.output_shape[-1]
         measure = PixelIoU(classes, config.measure, ignore_class=IGNORED, sparse_y_pred=False)
@@ -59,6 +72,11 @@ def loss_of(config: Config, reduction: str = "sum_over_batch_size") -> keras.los
     if config.task == "segmentation":
         return keras.losses.SparseCategoricalCrossentropy(True, ignore_class=IGNORED, reduction=reduction)
     return keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing, reduction=reduction)
+
+
+def box_losses() -> dict[str, keras.losses.Loss]:
+    """The losses of detection, which are added up, by the outputs of `SSDLite`."""
+    return {"boxes": keras_mnv2.losses.BoxLoss(), "classes": keras_mnv2.losses.ClassLoss()}
 
 
 def make_optimizer(config: Config, steps: int) -> keras.optimizers.Optimizer:

@@ -7,9 +7,11 @@ import keras
 import numpy as np
 
 from ..data.batches import read_scores
+from ..data.crops import ObjectBatches
 from ..data.inputs import Inputs
-from ..report import metrics, segmentation, training
+from ..report import average_precision, detection, metrics, segmentation, training
 from ..state.run_folder import Run
+from .validation import detections
 
 
 class ClassificationTest:
@@ -83,7 +85,41 @@ class SegmentationTest:
         segmentation.write_report(self.run, found, self.inputs, self.matrix, self.worst, command)
 
 
-TESTS: dict[str, type[ClassificationTest] | type[SegmentationTest]] = {
+class DetectionTest:
+    """The detections on all test images, by pycocotools; the arguments are those of `ClassificationTest`."""
+
+    def __init__(self, run: Run, predict: Callable[[np.ndarray], Any], inputs: Inputs):
+        self.run = run
+        self.inputs = inputs
+        assert isinstance(inputs.test, ObjectBatches)
+        self.truth, self.found, _ = detections(run, predict, inputs.test)
+        self.measures = average_precision.measure(self.truth, self.found, len(inputs.class_names))
+
+    def results(self) -> dict[str, Any]:
+        """As `metrics.json` has them."""
+        rows = zip(self.inputs.class_names, self.measures.per_class, strict=True)
+        return {
+            "test_map": self.measures.mean,
+            "test_map_50": self.measures.mean_50,
+            "test_images": len(self.truth),
+            "test_ap": {name: row["ap"] for name, row in rows},
+        }
+
+    def told(self) -> str:
+        """The most important one as a line."""
+        return (
+            f"test mAP {self.measures.mean_50:.2%} at IoU 0.5, {self.measures.mean:.2%} at 0.5 to 0.95, on "
+            f"{len(self.truth)} images"
+        )
+
+    def write_report(self, model: keras.Model, found: dict[str, Any], command: str) -> None:
+        """Writes `report.html` and `report.md` of a run whose metrics are `found`."""
+        worst = detection.worst_images(self.inputs, self.truth, self.found)
+        detection.write_report(self.run, found, self.inputs, self.measures.per_class, worst, command)
+
+
+TESTS: dict[str, type[ClassificationTest] | type[SegmentationTest] | type[DetectionTest]] = {
     "classification": ClassificationTest,
     "segmentation": SegmentationTest,
+    "detection": DetectionTest,
 }

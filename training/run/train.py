@@ -100,6 +100,7 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
         channels, any_size = inputs.train.image_shape[-1], size != evaluation_size
         built = build_model(config, classes, channels, None if any_size else size, engine.norm_layer)
     model = engine.trained(built)
+    inputs.for_model(model)
     this = run_folder.open_run(config, engine, channel, stop, inputs.dataset)
     introduce(this, inputs, model)
     results: dict[str, Any] = {}
@@ -130,9 +131,9 @@ def run_in_folder(config: Config, command: str, engine: Engine, channel: Channel
         with engine.alone():
             if config.saved_model is not False and installed("tensorflow"):
                 sample = inputs.test[0][0][:SAMPLE]
-                exported = keras_mnv2.export(
-                    final, this.folder / "saved_model", labels=inputs.class_names, sample=sample
-                )
+                # Detections are no scores that names could be written at.
+                labels = None if config.task == "detection" else inputs.class_names
+                exported = keras_mnv2.export(final, this.folder / "saved_model", labels=labels, sample=sample)
                 results["saved_model_largest_difference"] = exported.largest_difference
             if config.quantize_epochs:
                 results |= quantize(this, final, inputs.dataset)
@@ -183,6 +184,8 @@ def check_packages(config: Config) -> None:
         if getattr(config, field) and not installed(*packages):
             told = f'{field} needs {" and ".join(packages)}: pip install "keras_mnv2[{extra}]"'
             raise ImportError(f"{told}, or pass {without}.")
+    if config.task == "detection" and not installed("pycocotools"):
+        raise ImportError('detection needs pycocotools for its mAP: pip install "keras_mnv2[train]".')
 
 
 def installed(*packages: str) -> bool:
@@ -201,7 +204,7 @@ def scaled(config: Config, engine: Engine) -> Config:
             learning_rate=config.learning_rate * factor,
             warmup_epochs=max(config.warmup_epochs, WARMUP_EPOCHS),
         )
-    if config.task == "segmentation" and devices > 1:
+    if config.task != "classification" and devices > 1:
         raise ValueError(f"task must be classification on several devices, got {config.task!r} on {devices}.")
     if config.batch_size % devices:
         raise ValueError(f"batch_size must be a multiple of the {devices} devices, got {config.batch_size}.")

@@ -68,6 +68,13 @@ def test_voc(images, tmp_path):
     assert names == ("dog", "bird", "cat")
 
 
+def test_boxes_without_area_are_left_out_with_a_warning(images, tmp_path):
+    (tmp_path / "a.json").write_text(changed(annotations__1__bbox=[1, 2, 0, 4]))
+    with pytest.warns(UserWarning, match="1 boxes of .* have no width or no height"):
+        found, _ = boxes.read_coco(tmp_path / "a.json", images)
+    assert sum(len(image.boxes) for image in found) == len(COCO["annotations"]) - 1
+
+
 def changed(**changes):
     """The file with another value at a path such as `images.0.width`."""
     content = json.loads(json.dumps(COCO))
@@ -100,7 +107,7 @@ def changed(**changes):
         (changed(annotations__1__bbox=[1, 2, 3]), "a bbox of four numbers in annotation 2"),
         (changed(annotations__1__bbox=[1, 2, 3, "4"]), "a bbox of four numbers in annotation 2"),
         (changed(annotations__1__bbox=[1, 2, float("nan"), 4]), "a bbox of four numbers in annotation 2"),
-        (changed(annotations__1__bbox=[1, 2, 0, 4]), "an area above 0, got 0 x 4 pixels in annotation 2"),
+        (changed(annotations__1__bbox=[1, 2, -3, 4]), "an area above 0, got -3 x 4 pixels in annotation 2"),
         (changed(annotations__1__bbox=[1, 2, 60, 4]), "inside of their image of 40x30 pixels"),
     ],
 )

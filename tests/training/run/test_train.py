@@ -81,9 +81,13 @@ def small(recipe, photographs, **changes):
     )
 
 
+# Each has a module of its own, or runs as a command.
+OTHERS = ("digits", "segmentation", "detection")
+
+
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(n, marks=[] if n == "transfer" else ONCE) for n in RECIPES if n not in ("digits", "segmentation")],
+    [pytest.param(n, marks=[] if n == "transfer" else ONCE) for n in RECIPES if n not in OTHERS],
 )
 def test_each_recipe_takes_two_steps(recipe, photographs, weights, tmp_path):
     changes = {"weights": weights, "unfreeze_from": "block_2", "head_epochs": 3} if recipe == "transfer" else {}

@@ -57,7 +57,7 @@ class Engine:
         """The model of which `fit` is called, with the variables of `model`, which was built in the scope."""
         return model
 
-    def install(self, model: keras.Model, loss_mean: keras.metrics.Metric, accuracy_mean: keras.metrics.Metric) -> None:
+    def install(self, model: keras.Model, *means: keras.metrics.Metric) -> None:
         """Makes `fit` of a compiled model, with these means, train over all devices on each process's own rows."""
 
     def seed_step(self, position: tuple[int, ...]) -> None:
@@ -66,9 +66,9 @@ class Engine:
     def spread_seeds(self, seeds: list[keras.Variable], direction: int) -> None:
         """Moves this process's random generators apart from the others' (1), or back again (-1)."""
 
-    def predictor(self, model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
+    def predictor(self, model: keras.Model) -> Callable[[np.ndarray], Any]:
         """A function from images to scores, on this process's devices, with the weights of now."""
-        return lambda images: np.asarray(model.predict_on_batch(images))
+        return lambda images: keras.tree.map_structure(np.asarray, model.predict_on_batch(images))
 
     def close(self) -> None:
         """Leaves the others."""

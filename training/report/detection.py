@@ -1,0 +1,175 @@
+"""The report of a training of detection: the images on which most is missed or wrong, and the page."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import keras_mnv2
+
+from ..data.boxes import Objects
+from ..data.inputs import Inputs
+from ..data.objects import overlaps
+from ..state.run_folder import Run
+from . import page, summary
+from .average_precision import LOOSE, Detections
+
+# Images that are shown.
+MOST = 24
+# Least side of a picture with boxes and names in it, the width of the lines, and the size of the names, in pixels.
+SIDE, WIDTH, LETTERS = 256, 2, 13
+
+
+@dataclasses.dataclass(frozen=True)
+class WorstImage:
+    """An image with what was found there.
+
+    Attributes:
+        name: of the image.
+        truth: the image with its objects, bytes (height, width, 3).
+        prediction: the image with the detections.
+        missed: names of the objects that were not found.
+        wrong: names of the detections that are no object, or one that has been found.
+    """
+
+    name: str
+    truth: np.ndarray
+    prediction: np.ndarray
+    missed: Sequence[str]
+    wrong: Sequence[str]
+
+
+def quality(objects: Objects, found: Detections) -> tuple[float, list[int], list[int]]:
+    """How good the detections on an image are, 0 to 1, and what is missed and wrong.
+
+    The sum of the intersections over union of the objects that are found, over the number of all objects and of wrong
+    detections. From the best score on, a detection finds the object of its class that it overlaps most, by at least
+    half. What is by half within an object that is ignored does not count, as for pycocotools.
+
+    Returns:
+        The quality, the numbers of the objects that are missed, and of the detections that are wrong.
+    """
+    found = counted(found)
+    same = found.classes[:, None] == objects.classes[None]
+    matrix = np.where(same, overlaps(found.boxes, objects.boxes), 0)
+    areas = [(one.boxes[:, 2:] - one.boxes[:, :2]).prod(axis=-1) for one in (found, objects)]
+    # The fraction of a detection that is inside of an object.
+    within = matrix * (areas[0][:, None] + areas[1][None]) / (1 + matrix) / np.maximum(areas[0], 1e-9)[:, None]
+    left, sum_of_found, wrong = set(np.flatnonzero(~objects.ignored).tolist()), 0.0, []
+    for i, row in enumerate(matrix):
+        is_ignored = (within[i][objects.ignored] >= LOOSE).any()
+        best = max(left, key=lambda j: row[j], default=None)
+        if best is not None and row[best] >= LOOSE:
+            left.remove(best)
+            sum_of_found += float(row[best])
+        elif not is_ignored:
+            wrong.append(i)
+    count = int((~objects.ignored).sum()) + len(wrong)
+    return (sum_of_found / count if count else 1.0), sorted(left), wrong
+
+
+def counted(found: Detections) -> Detections:
+    """Those that are drawn."""
+    kept = found.scores >= page.LEAST_SCORE
+    return Detections(found.boxes[kept], found.classes[kept], found.scores[kept])
+
+
+def worst_images(inputs: Inputs, truth: Sequence[Objects], found: Sequence[Detections]) -> list[WorstImage]:
+    """The images with the least quality as the page shows them.
+
+    Args:
+        inputs: of the run.
+        truth: of each test image that can be read, its objects.
+        found: likewise, what was detected.
+    """
+    test, names = inputs.test, inputs.class_names
+    readable, shown = test.readable(), []
+    rated = [quality(*pair) for pair in zip(truth, found, strict=True)]
+    for i in sorted(range(len(rated)), key=lambda i: rated[i][0])[:MOST]:
+        _, missed, wrong = rated[i]
+        image, objects = test.example(readable[i], np.random.default_rng(0))
+        drawn = counted(found[i])
+        told = [f"{names[label]} {score:.0%}" for label, score in zip(drawn.classes, drawn.scores, strict=True)]
+        shown.append(
+            WorstImage(
+                name=test.split.name(readable[i]),
+                truth=with_boxes(image, objects.boxes, objects.classes, [names[label] for label in objects.classes]),
+                prediction=with_boxes(image, drawn.boxes, drawn.classes, told),
+                missed=[names[objects.classes[j]] for j in missed],
+                wrong=[names[drawn.classes[j]] for j in wrong],
+            )
+        )
+    return shown
+
+
+def with_boxes(image: np.ndarray, boxes: np.ndarray, classes: Sequence[int] | np.ndarray, told: Sequence[str]) -> Any:
+    """An image with boxes in the colours of their classes, and a text at each.
+
+    Args:
+        image: bytes (height, width, 3).
+        boxes: (boxes, 4), left, top, right and bottom edge in its pixels.
+        classes: of each, from 0.
+        told: of each, its text.
+
+    Returns:
+        Bytes (height, width, 3), enlarged where the image is small.
+    """
+    factor = -(-SIDE // max(image.shape[:2]))
+    picture = Image.fromarray(np.ascontiguousarray(image)).resize(
+        (image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.BILINEAR
+    )
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(LETTERS)
+    colours = keras_mnv2.palette()
+    for box, label, text in zip(boxes, classes, told, strict=True):
+        left, top, right, bottom = (box * factor).tolist()
+        # The first colour is black, for the background.
+        colour = tuple(colours[1 + int(label) % (len(colours) - 1)].tolist())
+        draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=WIDTH)
+        place = (left + WIDTH, max(0.0, top + WIDTH))
+        draw.rectangle(draw.textbbox(place, text, font), fill=colour)
+        bright = np.dot(colour, (0.299, 0.587, 0.114)) > 128
+        draw.text(place, text, "black" if bright else "white", font)
+    return np.asarray(picture)
+
+
+def write_report(
+    run: Run,
+    found: dict[str, Any],
+    inputs: Inputs,
+    classes: Sequence[dict[str, Any]],
+    worst: Sequence[WorstImage],
+    command: str,
+) -> None:
+    """Writes `report.html` and `report.md` of a run whose metrics are `found`.
+
+    Args:
+        run: this run.
+        found: the metrics.
+        inputs: of the run.
+        classes: of each class, its row of `average_precision.measure`.
+        worst: of `worst_images`.
+        command: what to run to repeat it.
+    """
+    config, names = run.config, inputs.class_names
+    images = " + ".join(f"{len(split):,}" for split in (inputs.train.split, inputs.validation.split, inputs.test.split))
+    report = page.Report(
+        title=f"{config.recipe} on {found['backend']}",
+        subtitle=f"SSDLite on {config.dataset}, {images} images with objects of {len(names)} classes for training, "
+        "validation and test.",
+        results=summary.results(found, run.done.get("history", {}), len(names)),
+        matrix=None,
+        class_names=names,
+        mistakes=(),
+        unreadable=found["unreadable_images"],
+        command=command,
+        settings=dataclasses.asdict(config),
+        versions=found["versions"],
+        phases={"training": run.done["history"]} if run.done.get("history") else {},
+        counted="objects",
+        worst=worst,
+        classes=[{"name": name, **row} for name, row in zip(names, classes, strict=True)],
+    )
+    page.write(run.folder / "report.html", report)
+    summary.write(run.folder / "report.md", report.title, report.results, "report.html")

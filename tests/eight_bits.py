@@ -97,17 +97,14 @@ def _centre(options: Any, pixels: Any) -> Any:
     return pixels[:, edge : edge + options.size, edge : edge + options.size]
 
 
-def _changed(options: Any, seed: int, teacher: Any = None) -> Any:
-    """The training photographs in random order, cropped and flipped at random: the same on each backend.
-
-    With their labels, or with what a model of the same classes says of them.
-    """
+def _changed(options: Any, seed: int) -> Any:
+    """The training photographs in random order, cropped and flipped at random: the same on each backend."""
     import keras
     import numpy as np
 
     class Changed(keras.utils.PyDataset):
         def __init__(self) -> None:
-            super().__init__(workers=2 if teacher is None else 1)
+            super().__init__(workers=2)
             self.pixels, self.labels = photographs(options, "train")
             self.epoch = 0
 
@@ -123,8 +120,7 @@ def _changed(options: Any, seed: int, teacher: Any = None) -> Any:
                 top, left = rng.integers(0, self.pixels.shape[1] - options.size + 1, 2)
                 image = self.pixels[i, top : top + options.size, left : left + options.size]
                 images.append(image[:, ::-1] if rng.random() < 0.5 else image)
-            pixels = np.stack(images).astype("float32")
-            return pixels, self.labels[chosen] if teacher is None else teacher.predict_on_batch(pixels)
+            return np.stack(images).astype("float32"), self.labels[chosen]
 
         def on_epoch_end(self) -> None:
             self.epoch += 1
@@ -132,13 +128,12 @@ def _changed(options: Any, seed: int, teacher: Any = None) -> Any:
     return Changed()
 
 
-def _fit(options: Any, model: Any, rate: float, epochs: int, seed: int, teacher: Any = None) -> None:
+def _fit(options: Any, model: Any, rate: float, epochs: int, seed: int) -> None:
     import keras
 
-    data = _changed(options, seed, teacher)
+    data = _changed(options, seed)
     schedule = keras.optimizers.schedules.CosineDecay(rate, epochs * len(data))
-    loss = "sparse_categorical_crossentropy" if teacher is None else "categorical_crossentropy"
-    model.compile(keras.optimizers.Adam(schedule), loss)
+    model.compile(keras.optimizers.Adam(schedule), "sparse_categorical_crossentropy", metrics=["accuracy"])
     model.fit(data, epochs=epochs, shuffle=False, verbose=2)
 
 
@@ -192,18 +187,13 @@ def convert(options: Any, backend: str) -> dict[str, Any]:
 
 
 def aware(options: Any, backend: str) -> dict[str, Any]:
-    """The files after quantisation-aware training on this backend, to the scores of the model in float.
-
-    That keeps what it knows (Mishra and Marr 2018, arXiv 1711.05852). Trained to the labels, it becomes another model,
-    which is right for a percent more or less.
-    """
+    """The files after quantisation-aware training on this backend."""
     import keras
 
     import keras_mnv2
 
-    source = keras.models.load_model(options.out / "float.keras", compile=False)
-    model = keras_mnv2.quantize_aware(source)
-    _fit(options, model, 3e-5, options.quantize_epochs, seed=2, teacher=keras_mnv2.fold_batch_norm(source))
+    model = keras_mnv2.quantize_aware(keras.models.load_model(options.out / "float.keras", compile=False))
+    _fit(options, model, 3e-5, options.quantize_epochs, seed=2)
     model.save(options.out / f"aware_{backend}.keras")
     return _exported(options, model, backend, "aware")
 

@@ -293,7 +293,7 @@ def round_to_multiples(x: Tensor, scale: Tensor) -> Tensor:
         The rounded `x`.
 
     Examples:
-        >>> [float(v) for v in round_to_multiples(np.array([-0.9, 0.2, 1.3]), np.array([0.5]))]
+        >>> [float(v) for v in round_to_multiples(np.array([-1.0, 0.125, 1.375]), np.array([0.5]))]
         [-1.0, 0.0, 1.5]
     """
     return x + ops.stop_gradient(ops.round(x / scale) * scale - x)

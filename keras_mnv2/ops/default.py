@@ -296,6 +296,7 @@ def round_to_multiples(x: Tensor, scale: Tensor) -> Tensor:
         >>> [float(v) for v in round_to_multiples(np.array([-1.0, 0.125, 1.375]), np.array([0.5]))]
         [-1.0, 0.0, 1.5]
     """
+    x, scale = ops.convert_to_tensor(x), ops.convert_to_tensor(scale)
     return x + ops.stop_gradient(ops.round(x / scale) * scale - x)
 
 

@@ -285,7 +285,8 @@ def test_a_users_model_with_a_nested_backbone(rng, tmp_path):
             backbone,
             keras.layers.Dropout(0.1),
             keras.layers.Dense(8, activation="relu"),
-            keras.layers.Dense(3, activation="softmax", name="scores"),
+            # Scores that differ by more than the steps of 1/256 in which the file gives them.
+            keras.layers.Dense(3, "softmax", kernel_initializer=keras.initializers.RandomNormal(0, 4), name="scores"),
         ],
         name="mine",
     )
@@ -297,8 +298,8 @@ def test_a_users_model_with_a_nested_backbone(rng, tmp_path):
     report = keras_mnv2.export(
         quantized, tmp_path / "a.tflite", "litert", precision="int8", sample=images, verbose=False
     )
-    # Its three scores are near a third each.
-    assert report.mean_absolute_error <= 0.005
+    note("int8 of a user's model: mean absolute error", report.mean_absolute_error)
+    assert report.mean_absolute_error <= 0.02
 
 
 def own_layer():

@@ -11,10 +11,12 @@ from skimage import data
 import keras_mnv2
 from keras_mnv2 import classifier, predictors
 from keras_mnv2.cli import main
-from tests.conftest import once
+from tests.conftest import once_on
 from tests.helpers import randomise
 
 SIDE = 64
+
+once = once_on("tensorflow")
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,7 @@ def test_pictures_show_boxes_and_masks():
             call()
 
 
+@once
 def test_the_command_draws_boxes(network, saved, photographs, capsys, tmp_path):
     (tmp_path / "labels.txt").write_text("ant\nbee\ncat\n")
     image = photographs / "coffee.png"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ONCE
+from tests.conftest import marks
 from training.data import boxes
 
-pytestmark = ONCE
+pytestmark = marks("tensorflow")
 
 COCO = {
     "images": [

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ONCE
+from tests.conftest import marks
 from training.__main__ import RECIPES
 from training.data import crops
 from training.data.boxes import Objects
 from training.data.objects import ArrayObjectSplit, overlaps
 
 # Nothing here computes with the backend.
-pytestmark = ONCE
+pytestmark = marks("tensorflow")
 PLAIN = {"iou_crop": False, "zoom_out": 1.0, "photometric": False, "flip": False}
 CONFIG = dataclasses.replace(RECIPES["detection"].CONFIG, image_size=64, batch_size=4, workers=1, **PLAIN)
 # Colours by which an object is known again.

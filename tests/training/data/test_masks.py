@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ONCE
+from tests.conftest import marks
 from training.__main__ import RECIPES
 from training.data import masks, windows
 from training.data.masks import IGNORED
 
 # Nothing here computes with the backend.
-pytestmark = ONCE
+pytestmark = marks("tensorflow")
 CONFIG = dataclasses.replace(RECIPES["segmentation"].CONFIG, image_size=32, batch_size=2, workers=1)
 
 

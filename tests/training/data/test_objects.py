@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ONCE
+from tests.conftest import marks
 from training import scenes as command
 from training.data import objects, scenes
 from training.data.boxes import Objects
 
 # Nothing here computes with the backend.
-pytestmark = ONCE
+pytestmark = marks("tensorflow")
 PARTS = {"train": "train", "validation": "val", "test": "test"}
 
 

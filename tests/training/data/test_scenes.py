@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ONCE
+from tests.conftest import marks
 from training import scenes as command
 from training.data import boxes, masks, scenes, sets
 
 # Nothing here computes with the backend.
-pytestmark = ONCE
+pytestmark = marks("tensorflow")
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import ONCE
+from tests.conftest import marks
 from training.data.boxes import Objects
 from training.report import average_precision, detection
 from training.report.average_precision import Detections
 
 # Nothing here computes with the backend.
-pytestmark = ONCE
+pytestmark = marks("tensorflow")
 
 
 def objects(*rows):

@@ -46,7 +46,8 @@ def draw_detections(
     Args:
         image: as `load_image` takes it.
         found: `"boxes"` (detections, 4), (left, top, right, bottom) in pixels of the photograph, `"scores"` and
-            `"classes"` (detections,): what `Detector.detect` gives.
+            `"classes"` (detections,): what `Detector.detect` gives. Without scores, as of true boxes, only the names
+            are written.
         labels: names of the classes, from 0 on; by default their numbers.
 
     Returns:
@@ -62,13 +63,14 @@ def draw_detections(
     """
     picture = load_image(image)
     brush, font, width = _tools(picture)
-    for i in np.argsort(found["scores"], kind="stable"):
+    scores = found.get("scores")
+    for i in range(len(found["boxes"])) if scores is None else np.argsort(scores, kind="stable"):
         label = int(found["classes"][i])
         # Bright ones, which a line shows on any photograph: neighbours are far apart.
         colour = _colour(255 * np.array(colorsys.hsv_to_rgb(label * GOLDEN % 1, 0.85, 1)))
         left, top, right, bottom = (float(edge) for edge in found["boxes"][i])
         brush.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
-        text = f"{name_of(label, labels)} {float(found['scores'][i]):.2f}"
+        text = name_of(label, labels) + ("" if scores is None else f" {float(scores[i]):.2f}")
         _write(brush, font, text, colour, left, top, picture.size)
     return picture
 

@@ -13,11 +13,10 @@ from keras_mnv2.layers.compact import ConvNormActivation, InvertedResidual, Scal
 from keras_mnv2.layers.detections import DefaultBoxes, Detections, JoinMaps
 from keras_mnv2.layers.fusing import Group, Part, role_of
 from keras_mnv2.norms import is_plain_batch_norm
+from keras_mnv2.ops.default import WEIGHT_LEVELS
 from keras_mnv2.ops.padding import spatial_padding
 from keras_mnv2.rewrite import Merged, layers_of, rewrite, same_input
 
-# Signed weights without -128, so that they are symmetric (Jacob et al. 2018, section 3.1).
-WEIGHT_LEVELS = 127
 TINY = 1e-12
 # Share of the old range that a training step keeps. Jacob et al. ask for one near 1; TensorFlow's toolkit has
 # 0.999, which a fine-tuning of some hundred steps never leaves.

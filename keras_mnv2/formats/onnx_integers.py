@@ -81,10 +81,12 @@ def with_integers(model: Any, images: np.ndarray, network: Callable[[Any], list[
     """
     corrected = type(model).FromString(model.SerializeToString())
     correct_biases(corrected, images)
+    names = list(_activations(corrected.graph, None if network is None else network(corrected.graph)))
+    ranges = calibrate(corrected, names, images)
     best, least = None, np.inf
     for whole in (False, True) if network is None else (True,):
         rounded = type(model).FromString(corrected.SerializeToString())
-        round_by_images(rounded, images, None if network is None else network(rounded.graph), whole)
+        round_by_ranges(rounded.graph, names, ranges, whole)
         round_what_moves(rounded.graph)
         round_weights(rounded.graph)
         moved = _moved(model, rounded, images) if network is None else 0
@@ -102,22 +104,20 @@ def _moved(model: Any, rounded: Any, images: np.ndarray) -> float:
     return float(sum(difference / own for difference, own in sums.values()))
 
 
-def round_by_images(model: Any, images: np.ndarray, nodes: list[Any] | None = None, whole: bool = False) -> None:
-    """Rounds each activation between convolutions to the range that `images` give it.
+def round_by_ranges(graph: Any, names: list[str], ranges: dict[str, np.ndarray], whole: bool) -> None:
+    """Rounds each activation between convolutions to a range.
 
     Args:
-        model: it is changed.
-        images: as it takes them.
-        nodes: what computes with integers, where that is not all; what other nodes read stays real.
-        whole: whether ranges are those of all images; else they are means, see `calibrate`.
+        graph: it is changed.
+        names: of the activations.
+        ranges: of `calibrate`.
+        whole: whether a range is that of all images; else it is the mean of theirs, which few outliers stretch.
     """
-    graph = model.graph
-    names = list(_activations(graph, nodes))
-    ranges = calibrate(model, names, images, whole)
     constants = _constants(graph)
     sources = {name: _moved_from(graph, name) for name in names}
     for name in names:
-        low, high = ranges[sources[name]]
+        ends = ranges[sources[name]]
+        low, high = (ends[:, 0].min(), ends[:, 1].max()) if whole else ends.mean(axis=0)
         scale = max((high - low) / LEVELS, TINY)
         zero = int(np.round(-low / scale))
         maker = _producer(graph, name)
@@ -246,20 +246,13 @@ def round_weights(graph: Any, trained: bool = False) -> None:
         raise ValueError("the model has no convolution or classifier that could compute with integers")
 
 
-def calibrate(model: Any, names: list[str], images: np.ndarray, whole: bool = False) -> dict[str, tuple[float, float]]:
-    """The least and the largest value of each tensor in an image, as the mean over the images; each range holds 0.
-
-    A few outliers then stretch no range. With `whole` they are the least and the largest of all images.
-    """
+def calibrate(model: Any, names: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """The least and the largest value of each tensor in each image, (images, 2); each range holds 0."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for name, values in _values(model, names, images):
         rows = values.reshape(len(values), -1)
         found[name].append(np.stack([np.minimum(rows.min(axis=1), 0), np.maximum(rows.max(axis=1), 0)], axis=1))
-    ranges = {}
-    for name, ends in found.items():
-        lows, highs = np.concatenate(ends).astype("float64").T
-        ranges[name] = (float(lows.min()), float(highs.max())) if whole else (float(lows.mean()), float(highs.mean()))
-    return ranges
+    return {name: np.concatenate(ends).astype("float64") for name, ends in found.items()}
 
 
 def _values(model: Any, names: list[str], images: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

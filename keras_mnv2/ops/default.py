@@ -9,6 +9,9 @@ from keras import ops
 from keras_mnv2.annotations import Tensor
 from keras_mnv2.ops.padding import Padding, spatial_padding
 
+# Signed weights without -128, so that they are symmetric (Jacob et al. 2018, section 3.1).
+WEIGHT_LEVELS = 127
+
 
 def runs_directly(layer: Any, inputs: Any) -> bool:
     """Whether a layer of one operation may skip Keras's bookkeeping for these inputs.

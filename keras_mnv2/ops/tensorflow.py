@@ -15,8 +15,6 @@ from keras_mnv2.ops import default
 from keras_mnv2.ops.padding import Padding, spatial_padding
 
 relu6 = tf.nn.relu6
-# Of a weight, on each side of 0.
-WEIGHT_LEVELS = 127
 
 
 def note(output: Tensor, call: Any) -> Tensor:
@@ -101,7 +99,7 @@ def round_to_multiples(x: Tensor, scale: Tensor) -> Tensor:
 
     @tf.custom_gradient
     def rounded(x: Tensor) -> Any:
-        limit = tf.reshape(scale, [-1]) * WEIGHT_LEVELS
+        limit = tf.reshape(scale, [-1]) * default.WEIGHT_LEVELS
         if limit.shape[0] == x.shape[-1]:
             y = tf.quantization.fake_quant_with_min_max_vars_per_channel(x, -limit, limit, narrow_range=True)
         else:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import keras_mnv2
 
@@ -13,13 +13,13 @@ from ..data.boxes import Objects
 from ..data.inputs import Inputs
 from ..data.objects import overlaps
 from ..state.run_folder import Run
-from . import page, summary
+from . import page
 from .average_precision import LOOSE, Detections
 
 # Images that are shown.
 MOST = 24
-# Least side of a picture with boxes and names in it, the width of the lines, and the size of the names, in pixels.
-SIDE, WIDTH, LETTERS = 256, 2, 13
+# Least side of a picture with boxes and names in it, in pixels.
+SIDE = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +91,11 @@ def worst_images(inputs: Inputs, truth: Sequence[Objects], found: Sequence[Detec
         _, missed, wrong = rated[i]
         image, objects = test.example(readable[i], np.random.default_rng(0))
         drawn = counted(found[i])
-        told = [f"{names[label]} {score:.0%}" for label, score in zip(drawn.classes, drawn.scores, strict=True)]
         shown.append(
             WorstImage(
                 name=test.split.name(readable[i]),
-                truth=with_boxes(image, objects.boxes, objects.classes, [names[label] for label in objects.classes]),
-                prediction=with_boxes(image, drawn.boxes, drawn.classes, told),
+                truth=with_boxes(image, objects, names),
+                prediction=with_boxes(image, drawn, names),
                 missed=[names[objects.classes[j]] for j in missed],
                 wrong=[names[drawn.classes[j]] for j in wrong],
             )
@@ -104,14 +103,13 @@ def worst_images(inputs: Inputs, truth: Sequence[Objects], found: Sequence[Detec
     return shown
 
 
-def with_boxes(image: np.ndarray, boxes: np.ndarray, classes: Sequence[int] | np.ndarray, told: Sequence[str]) -> Any:
-    """An image with boxes in the colours of their classes, and a text at each.
+def with_boxes(image: np.ndarray, found: Objects | Detections, names: Sequence[str]) -> np.ndarray:
+    """An image with the boxes of its objects or detections, by `keras_mnv2.draw_detections`.
 
     Args:
         image: bytes (height, width, 3).
-        boxes: (boxes, 4), left, top, right and bottom edge in its pixels.
-        classes: of each, from 0.
-        told: of each, its text.
+        found: what is drawn, in its pixels.
+        names: of all classes.
 
     Returns:
         Bytes (height, width, 3), enlarged where the image is small.
@@ -120,18 +118,10 @@ def with_boxes(image: np.ndarray, boxes: np.ndarray, classes: Sequence[int] | np
     picture = Image.fromarray(np.ascontiguousarray(image)).resize(
         (image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.BILINEAR
     )
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(LETTERS)
-    colours = keras_mnv2.palette()
-    for box, label, text in zip(boxes, classes, told, strict=True):
-        left, top, right, bottom = (box * factor).tolist()
-        # The first colour is black, for the background.
-        colour = tuple(colours[1 + int(label) % (len(colours) - 1)].tolist())
-        draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=WIDTH)
-        place = (left + WIDTH, max(0.0, top + WIDTH))
-        draw.rectangle(draw.textbbox(place, text, font), fill=colour)
-        bright = np.dot(colour, (0.299, 0.587, 0.114)) > 128
-        draw.text(place, text, "black" if bright else "white", font)
-    return np.asarray(picture)
+    drawn = {"boxes": found.boxes * factor, "classes": found.classes}
+    if isinstance(found, Detections):
+        drawn["scores"] = found.scores
+    return np.asarray(keras_mnv2.draw_detections(picture, drawn, names))
 
 
 def write_report(
@@ -152,24 +142,16 @@ def write_report(
         worst: of `worst_images`.
         command: what to run to repeat it.
     """
-    config, names = run.config, inputs.class_names
-    images = " + ".join(f"{len(split):,}" for split in (inputs.train.split, inputs.validation.split, inputs.test.split))
-    report = page.Report(
-        title=f"{config.recipe} on {found['backend']}",
-        subtitle=f"SSDLite on {config.dataset}, {images} images with objects of {len(names)} classes for training, "
-        "validation and test.",
-        results=summary.results(found, run.done.get("history", {}), len(names)),
+    names = inputs.class_names
+    page.write_run(
+        run,
+        found,
+        inputs,
+        command,
+        "SSDLite",
+        f"with objects of {len(names)} classes",
         matrix=None,
-        class_names=names,
-        mistakes=(),
-        unreadable=found["unreadable_images"],
-        command=command,
-        settings=dataclasses.asdict(config),
-        versions=found["versions"],
-        phases={"training": run.done["history"]} if run.done.get("history") else {},
         counted="objects",
         worst=worst,
         classes=[{"name": name, **row} for name, row in zip(names, classes, strict=True)],
     )
-    page.write(run.folder / "report.html", report)
-    summary.write(run.folder / "report.md", report.title, report.results, "report.html")

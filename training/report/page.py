@@ -14,7 +14,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from .. import files
-from . import curves, metrics
+from ..data.inputs import Inputs
+from ..state.run_folder import Run
+from . import curves, metrics, summary
 from .activation_map import overlay
 from .mistakes import Mistake
 
@@ -82,6 +84,38 @@ class Report:
     counted: str = "images"
     worst: Sequence[Any] = ()
     classes: Sequence[Mapping[str, Any]] = ()
+
+
+def write_run(
+    run: Run, found: Mapping[str, Any], inputs: Inputs, command: str, network: str, contents: str, **own: Any
+) -> None:
+    """Writes `report.html` and `report.md` of a run.
+
+    Args:
+        run: this run.
+        found: its metrics.
+        inputs: of the run.
+        command: what to run to repeat it.
+        network: its name.
+        contents: what is on the images, such as "of 10 classes".
+        **own: what a task's `Report` has besides.
+    """
+    config, names, history = run.config, inputs.class_names, run.done.get("history", {})
+    images = " + ".join(f"{len(split):,}" for split in (inputs.train.split, inputs.validation.split, inputs.test.split))
+    given = {"phases": {"training": history} if history else {}, "mistakes": (), **own}
+    report = Report(
+        title=f"{config.recipe} on {found['backend']}",
+        subtitle=f"{network} on {config.dataset}, {images} images {contents} for training, validation and test.",
+        results=summary.results(found, history, len(names)),
+        class_names=names,
+        unreadable=found["unreadable_images"],
+        command=command,
+        settings=dataclasses.asdict(config),
+        versions=found["versions"],
+        **given,
+    )
+    write(run.folder / "report.html", report)
+    summary.write(run.folder / "report.md", report.title, report.results, "report.html")
 
 
 def write(path: Path, report: Report) -> None:

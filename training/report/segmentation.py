@@ -11,7 +11,7 @@ import keras_mnv2
 from ..data.inputs import Inputs
 from ..data.masks import IGNORED
 from ..state.run_folder import Run
-from . import metrics, page, summary
+from . import metrics, page
 
 # Images that are shown.
 MOST = 24
@@ -106,23 +106,14 @@ def write_report(
         worst: as `worst_images` takes them.
         command: what to run to repeat it.
     """
-    config, names = run.config, inputs.class_names
-    images = " + ".join(f"{len(split):,}" for split in (inputs.train.split, inputs.validation.split, inputs.test.split))
-    report = page.Report(
-        title=f"{config.recipe} on {found['backend']}",
-        subtitle=f"DeepLabV3 on {config.dataset}, {images} images with {len(names)} classes of pixels for training, "
-        "validation and test.",
-        results=summary.results(found, run.done.get("history", {}), len(names)),
+    page.write_run(
+        run,
+        found,
+        inputs,
+        command,
+        "DeepLabV3",
+        f"with {len(inputs.class_names)} classes of pixels",
         matrix=matrix,
-        class_names=names,
-        mistakes=(),
-        unreadable=found["unreadable_images"],
-        command=command,
-        settings=dataclasses.asdict(config),
-        versions=found["versions"],
-        phases={"training": run.done["history"]} if run.done.get("history") else {},
         counted="pixels",
         worst=worst_images(inputs, worst),
     )
-    page.write(run.folder / "report.html", report)
-    summary.write(run.folder / "report.md", report.title, report.results, "report.html")

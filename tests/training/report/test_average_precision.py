@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+import keras_mnv2
 from tests.conftest import marks
 from training.data.boxes import Objects
 from training.report import average_precision, detection
@@ -87,10 +88,17 @@ def test_what_is_missed_and_wrong():
     assert detection.quality(objects((70, 70, 90, 90, 2, 1)), hidden) == (1, [], [])
 
 
-def test_boxes_are_drawn_in_the_colours_of_their_classes():
-    drawn = detection.with_boxes(np.full((64, 128, 3), 90, "uint8"), np.array([[10, 20, 60, 50]]), [2], ["two"])
+def test_boxes_are_drawn_with_names_and_scores():
+    image, truth = np.full((64, 128, 3), 90, "uint8"), objects((10, 20, 60, 50, 2, 0))
+    drawn = detection.with_boxes(image, truth, ["a", "b", "two"])
     assert drawn.shape == (128, 256, 3)
-    # The palette's third colour after the background's.
-    np.testing.assert_array_equal(drawn[60, 20], [128, 128, 0])
-    np.testing.assert_array_equal(drawn[99, 119], [128, 128, 0])
+    names = ["a", "b", "two"]
+    twice = np.full((128, 256, 3), 90, "uint8")
+    wanted = {"boxes": np.array([[20, 40, 120, 100]]), "classes": np.array([2])}
+    np.testing.assert_array_equal(drawn, keras_mnv2.draw_detections(twice, wanted, names))
+    # The box's lower right corner has its class's colour, and the rest of the image its own.
+    assert (drawn[100, 120] != 90).any()
+    np.testing.assert_array_equal(drawn[100, 120], drawn[70, 20])
     np.testing.assert_array_equal(drawn[10, 10], [90, 90, 90])
+    scored = detection.with_boxes(image, detections((10, 20, 60, 50, 2, 0.9)), names)
+    assert (scored != drawn).any()

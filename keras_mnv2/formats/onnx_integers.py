@@ -111,7 +111,7 @@ def round_by_ranges(graph: Any, names: list[str], ranges: dict[str, np.ndarray],
         graph: it is changed.
         names: of the activations.
         ranges: of `calibrate`.
-        whole: whether a range is that of all images; else it is the mean of theirs, which few outliers stretch.
+        whole: whether a range is that of all images; else the mean of theirs, which a few outliers hardly stretch.
     """
     constants = _constants(graph)
     sources = {name: _moved_from(graph, name) for name in names}

@@ -2,10 +2,7 @@ import numpy as np
 import pytest
 
 import keras_mnv2
-from tests.conftest import once_on
-
-# The other backends have more to do.
-once = once_on("jax")
+from tests.conftest import once
 
 
 def trainable(model):

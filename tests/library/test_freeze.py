@@ -6,10 +6,7 @@ import pytest
 import keras_mnv2
 from keras_mnv2.layers import InvertedResidual
 from tests import twins
-from tests.conftest import once_on
-
-# The other backends have more to do.
-once = once_on("jax")
+from tests.conftest import once
 
 
 def compact():

@@ -9,11 +9,8 @@ import pytest
 
 import keras_mnv2
 from tests import twins
-from tests.conftest import once_on
+from tests.conftest import once
 from tests.helpers import note, relative_difference
-
-# The other backends have more to do.
-once = once_on("tensorflow")
 
 # XLA compiles the training steps of both models for half a minute.
 slow_on_jax = pytest.mark.slow if keras.backend.backend() == "jax" else lambda test: test

@@ -8,12 +8,8 @@ import keras_mnv2
 from keras_mnv2.layers import InvertedResidual
 from keras_mnv2.stock import to_stock
 from tests import twins
-from tests.conftest import marks, once_on
+from tests.conftest import ONCE, once
 from tests.helpers import randomise, relative_difference, run_python
-
-# The other backends have more to do.
-once = once_on("tensorflow")
-ONCE = marks("tensorflow")
 
 
 def images(rng):

@@ -18,13 +18,9 @@ from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
 import keras_mnv2
 from keras_mnv2.weights.read import read_arrays
-from tests.conftest import marks, once_on
+from tests.conftest import ONCE, once
 from tests.helpers import note, randomise
 from tests.twins import enliven
-
-# The other backends have more to do.
-once = once_on("tensorflow")
-ONCE = marks("tensorflow")
 
 # One record of each architecture in the table.
 RECORDS = list(

@@ -262,11 +262,64 @@ def _convolve_backward(
     of_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the images and of the kernel; None for what is not wanted."""
+    if step.depthwise and step.dilation > 1 and step.stride == 1 and images.device.type == "cpu":
+        return _dilated_backward(step.dilation, window.padding, gradient, images, weight, [of_images, of_weight, False])
     stride, dilation = [step.stride] * 2, [step.dilation] * 2
     groups, mask = len(weight) if step.depthwise else 1, [of_images, of_weight, False]
     return _convolution_backward(
         gradient, images, weight, None, stride, window.padding, dilation, False, [0, 0], groups, mask
     )[:2]
+
+
+def _dilated_backward(
+    dilation: int,
+    padding: list[int],
+    gradient: torch.Tensor,
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    mask: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a dilated depthwise convolution, whose own gradients are slow on a CPU.
+
+    Every `dilation`-th pixel is an image of its own, which the kernel meets without gaps. For 32 images of 12x12x336
+    and dilation 4 (one x86 core, PyTorch 2.14) 12 ms instead of 45, for 4 of 65x65x960 0.35 s instead of 1.24.
+    """
+    inner, outer = [0, 0], [0, 0]
+    for axis, pad in enumerate(padding):
+        (inner if pad % dilation == 0 else outer)[axis] = pad
+    inner = [pad // dilation for pad in inner]
+    height, width = images.shape[2:]
+    source = _every(images, outer, dilation)
+    size = [n + 2 * pad - k + 1 for n, pad, k in zip(source.shape[2:], inner, weight.shape[2:], strict=True)]
+    g = _every(gradient, [0, 0], dilation, size)
+    by_images, by_weight, _ = _convolution_backward(
+        g, source, weight, None, [1, 1], inner, [1, 1], False, [0, 0], len(weight), mask
+    )
+    if mask[0]:
+        c, h, w = by_images.shape[1:]
+        whole = by_images.permute(0, 2, 3, 1).reshape(-1, dilation, dilation, h, w, c).permute(0, 3, 1, 4, 2, 5)
+        whole = whole.reshape(-1, h * dilation, w * dilation, c).permute(0, 3, 1, 2)
+        by_images = whole[:, :, outer[0] : outer[0] + height, outer[1] : outer[1] + width]
+    return by_images, by_weight
+
+
+def _every(images: torch.Tensor, padding: list[int], dilation: int, size: Sequence[int] | None = None) -> torch.Tensor:
+    """Every `dilation`-th pixel of padded NCHW images as images, (batch * dilation ** 2, channels, height, width).
+
+    Args:
+        images: to be padded on all sides.
+        padding: of (height, width).
+        dilation: pixels from one to the next.
+        size: (height, width) of the result; by default what all pixels fill. Zeros fill the rest.
+    """
+    n, c, *sides = images.shape
+    sides = [side + 2 * pad for side, pad in zip(sides, padding, strict=True)]
+    size = [-(-side // dilation) for side in sides] if size is None else size
+    bottom, right = (count * dilation - side for count, side in zip(size, sides, strict=True))
+    if any(padding) or bottom or right:
+        images = F.pad(images, (padding[1], padding[1] + right, padding[0], padding[0] + bottom))
+    rows = images.permute(0, 2, 3, 1).reshape(n, size[0], dilation, size[1], dilation, c)
+    return rows.permute(0, 2, 4, 1, 3, 5).reshape(-1, *size, c).permute(0, 3, 1, 2)
 
 
 def _padded(images: torch.Tensor, window: Window) -> torch.Tensor:

@@ -30,6 +30,7 @@ BLOCKS = {
     "stride 2, symmetric": ((8, 7), [EXPAND, (True, 3, 12, 2, 1, True), PROJECT], "symmetric", False),
     "dilated": ((9, 8), [EXPAND, (True, 3, 12, 1, 2, True), PROJECT], "same", True),
     "dilated far": ((6, 9), [EXPAND, (True, 3, 12, 1, 4, True), PROJECT], "symmetric", True),
+    "dilated, padding between": ((9, 10), [EXPAND, (True, 3, 12, 1, 3, True), PROJECT], ((2, 2), (4, 4)), False),
     "one pixel": ((1, 1), [EXPAND, (True, 3, 12, 1, 1, True), PROJECT], "same", True),
     "two pixels, stride 2": ((2, 2), [EXPAND, (True, 3, 12, 2, 1, True), PROJECT], "same", False),
     "without expansion": ((7, 6), [(True, 3, 6, 1, 1, True), PROJECT], "same", True),

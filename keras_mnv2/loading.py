@@ -118,10 +118,11 @@ def _names(model: keras.Model) -> Sequence[str]:
 
 def output_shapes(model: keras.Model) -> dict[str, Shape]:
     """The shapes of a model's outputs by name."""
-    given = model.output_shape
-    if isinstance(given, dict):
-        return given
-    return dict(zip(_names(model), given if isinstance(given, list) else [given], strict=True))
+    # Of several outputs of one layer Keras 3.15 gives `output_shape` as a list, and `output_names` with one name alone.
+    given = model.output
+    if not isinstance(given, dict):
+        given = dict(zip(_names(model), given if isinstance(given, list) else [given], strict=True))
+    return {name: tuple(y.shape) for name, y in given.items()}
 
 
 def check_task(task: str, name: str, shapes: Mapping[str, Shape]) -> None:

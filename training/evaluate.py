@@ -1,4 +1,4 @@
-"""`python -m training.evaluate MODEL`: accuracy, confusion and mistakes of a model on a data set."""
+"""`python -m training.evaluate MODEL`: how good a model is on a data set, and where it is wrong."""
 
 import json
 import shlex
@@ -20,24 +20,28 @@ from .ranges import Batch, MaybePixels, MaybePositive, check_all, parsed
 
 @dataclass(frozen=True)
 class Options:
-    """Accuracy, confusion and mistakes of a model on a data set."""
+    """How good a model is on a data set, and where it is wrong."""
 
     model: str
-    """A .keras file, a run folder, an exported file (.onnx, .tflite, .xml, .pt2 or a SavedModel), a published
+    """A .keras file, a run folder, an exported file (.onnx, .tflite, .xml, .pt2, .pte or a SavedModel), a published
     checkpoint by name, an hf:// address or a file of weights."""
     dataset: str | None = None
-    """'digits', a folder of class folders, a .npz file or a data set of TFDS; by default the run folder's."""
+    """'digits', a folder of class folders, a .npz file or a data set of TFDS; for segmentation and detection 'scenes'
+    or a folder, as for their training; by default the run folder's."""
+    task: Literal[None, "classification", "segmentation", "detection"] = None
+    """What the model gives; by default that of the run in whose folder it lies, or else classification."""
     data_dir: Path | None = None
     """Where TFDS keeps its data sets."""
     split: Literal["test", "validation", "train", "all"] = "test"
     """As training divides the data set; all: every image of a folder without parts."""
     image_size: MaybePixels = None
-    """Side of the images in pixels; by default the model's own, needed where that takes any."""
+    """Side of the images in pixels; by default the model's own, needed where that takes any. Of segmentation and
+    detection the side of the scenes alone: photographs are looked at whole."""
     resize: MaybePixels = None
     """Shorter side of a photograph before its centre is cut out; by default that of the checkpoint or run, or 256 for
     each 224 pixels."""
     batch_size: Batch = 32
-    """Images a call."""
+    """Images a call; of segmentation and detection it is always one."""
     alpha: MaybePositive = None
     """Width multiplier, for a file of weights."""
     scale: Literal[None, "none", "keras"] = None
@@ -46,8 +50,8 @@ class Options:
     json: Path | None = None
     """File for the results."""
     out: Path | None = None
-    """Folder for the page report.html, results.json, scores.npy (images, classes) and labels.npy (images,), in the
-    order of the split."""
+    """Folder for the page report.html and results.json, and of a classifier scores.npy (images, classes) and
+    labels.npy (images,), in the order of the split."""
 
     def __post_init__(self):
         check_all(self)
@@ -64,7 +68,8 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
         The results, as JSON takes them: `images`, `top1`, `top5`, `calibration_error` and `per_class` of
         `report.metrics`, `images_per_second` of reading and inference together, `waiting`, the fraction of that time
         spent waiting for images, `skipped`, the images that could not be read and why, and `mistakes`, the most
-        confident with name, label, prediction and probability.
+        confident with name, label, prediction and probability. Of segmentation and detection those of
+        `evaluate_photographs.evaluate`.
 
     Raises:
         ValueError: on an argument out of range, a model that cannot be loaded, or one of other classes than the data
@@ -72,14 +77,18 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
         ImportError: where a runtime or TFDS is needed and missing.
         ConnectionError: where a checkpoint cannot be downloaded.
     """
+    task = options.task or _task_of_run(options.model)
     # Here, so that --help does not wait for a backend.
+    if task != "classification":
+        from . import evaluate_photographs
+
+        return evaluate_photographs.evaluate(task, options, command)
     import keras_mnv2
 
     from .data import batches, sets
     from .report import evaluation, metrics, mistakes, page
     from .report.versions import versions
 
-    _check_task(options.model)
     network = keras_mnv2.load_classifier(
         options.model, image_size=options.image_size, alpha=options.alpha, scale=options.scale
     )
@@ -169,27 +178,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = evaluate(options, f"python -m {process.PACKAGE}.evaluate {shlex.join(words)}")
     except (ValueError, ImportError, OSError) as error:
         fail(error)
-    from .report.evaluation import text
+    from . import evaluate_photographs
+    from .report import evaluation
 
-    print(text(results))
+    told = evaluate_photographs if results.get("task") in evaluate_photographs.TASKS else evaluation
+    print(told.text(results))
     if skipped := results["skipped"]:
         print(f"\n{len(skipped)} images could not be read and were skipped:")
         print("\n".join(f"{name}: {why}" for name, why in sorted(skipped.items())))
 
 
-def _check_task(model: str) -> None:
-    """Raises a ValueError where a model is of a run whose task is another."""
+def _task_of_run(model: str) -> str:
+    """The task of the run in whose folder a model lies, or classification."""
     path = Path(model)
     try:
         folder = path if path.is_dir() and (path / "config.json").exists() else path.parent
         task = json.loads((folder / "config.json").read_text("utf-8"))["task"] if path.exists() else None
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    if task in MEASURES and task != "classification":
-        raise ValueError(
-            f"model must be a classifier, got {model!r} of a run of {task}, whose own test is in its report.html and "
-            "metrics.json."
-        )
+        return "classification"
+    return task if task in MEASURES else "classification"
 
 
 def _first_scores(network, size, batch_size):

@@ -208,6 +208,16 @@ def test_the_command_draws_boxes(network, saved, photographs, capsys, tmp_path):
 
 
 @once
+def test_the_file_of_a_detector_is_taken_as_that_of_its_network(network, saved, photographs, tmp_path):
+    keras_mnv2.detector(network).save(tmp_path / "detector.keras")
+    files = (tmp_path / "detector.keras", saved)
+    one, other = (keras_mnv2.load_detector(path).detect(photographs / "coffee.png", 0.3) for path in files)
+    assert len(one["scores"]) > 4
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name])
+
+
+@once
 def test_the_command_draws_masks(photographs, capsys, tmp_path):
     model = keras_mnv2.DeepLabV3(
         (SIDE, SIDE, 3),

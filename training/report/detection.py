@@ -88,19 +88,38 @@ def worst_images(inputs: Inputs, truth: Sequence[Objects], found: Sequence[Detec
     readable, shown = test.readable(), []
     rated = [quality(*pair) for pair in zip(truth, found, strict=True)]
     for i in sorted(range(len(rated)), key=lambda i: rated[i][0])[:MOST]:
-        _, missed, wrong = rated[i]
         image, objects = test.example(readable[i], np.random.default_rng(0))
-        drawn = counted(found[i])
-        shown.append(
-            WorstImage(
-                name=test.split.name(readable[i]),
-                truth=with_boxes(image, objects, names),
-                prediction=with_boxes(image, drawn, names),
-                missed=[names[objects.classes[j]] for j in missed],
-                wrong=[names[drawn.classes[j]] for j in wrong],
-            )
-        )
+        shown.append(worst_image(test.split.name(readable[i]), image, objects, found[i], rated[i], names))
     return shown
+
+
+def worst_image(
+    name: str,
+    image: np.ndarray,
+    objects: Objects,
+    found: Detections,
+    rated: tuple[float, list[int], list[int]],
+    class_names: Sequence[str],
+) -> WorstImage:
+    """An image as the page shows it.
+
+    Args:
+        name: of the image.
+        image: bytes (height, width, 3).
+        objects: on it.
+        found: what was detected there.
+        rated: of `quality`.
+        class_names: of all classes.
+    """
+    _, missed, wrong = rated
+    drawn = counted(found)
+    return WorstImage(
+        name=name,
+        truth=with_boxes(image, objects, class_names),
+        prediction=with_boxes(image, drawn, class_names),
+        missed=[class_names[objects.classes[j]] for j in missed],
+        wrong=[class_names[drawn.classes[j]] for j in wrong],
+    )
 
 
 def with_boxes(image: np.ndarray, found: Objects | Detections, names: Sequence[str]) -> np.ndarray:

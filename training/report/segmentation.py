@@ -55,21 +55,35 @@ def worst_images(inputs: Inputs, worst: Sequence[tuple[float, int, np.ndarray]])
     readable, found = test.readable(), []
     for iou, i, prediction in worst:
         image, mask = test.example(readable[i], np.random.default_rng(0))
-        matrix = metrics.pixel_matrix(mask, prediction, len(names))
-        (confused,) = metrics.most_confused(matrix, names, 1) or [{"label": "", "prediction": "", "images": 0}]
-        found.append(
-            WorstImage(
-                name=test.split.name(readable[i]),
-                image=image,
-                truth=painted(image, mask),
-                prediction=painted(image, prediction),
-                iou=iou,
-                label=confused["label"],
-                taken_for=confused["prediction"],
-                pixels=confused["images"],
-            )
-        )
+        found.append(worst_image(test.split.name(readable[i]), image, mask, prediction, iou, names))
     return found
+
+
+def worst_image(
+    name: str, image: np.ndarray, mask: np.ndarray, prediction: np.ndarray, iou: float, class_names: Sequence[str]
+) -> WorstImage:
+    """An image as the page shows it.
+
+    Args:
+        name: of the image.
+        image: bytes (height, width, 3).
+        mask: labels (height, width).
+        prediction: likewise.
+        iou: mean over the classes that it has.
+        class_names: of all classes.
+    """
+    matrix = metrics.pixel_matrix(mask, prediction, len(class_names))
+    (confused,) = metrics.most_confused(matrix, class_names, 1) or [{"label": "", "prediction": "", "images": 0}]
+    return WorstImage(
+        name=name,
+        image=image,
+        truth=painted(image, mask),
+        prediction=painted(image, prediction),
+        iou=iou,
+        label=confused["label"],
+        taken_for=confused["prediction"],
+        pixels=confused["images"],
+    )
 
 
 def painted(image: np.ndarray, labels: np.ndarray) -> np.ndarray:

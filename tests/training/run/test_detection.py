@@ -92,8 +92,62 @@ def test_the_model_that_is_left_has_the_map(whole, folder):
     again = train.build_model(small(folder, None, alpha=None, weights=str(path / "model.keras")), 10, 3, 32)
     for new, old in zip(again.get_weights(), model.get_weights(), strict=True):
         np.testing.assert_array_equal(new, old)
-    with pytest.raises(ValueError, match=r"model must be a classifier, got .* of a run of detection"):
-        evaluate.evaluate(evaluate.Options(str(path)))
+
+
+@once_on("torch")
+def test_an_evaluation_finds_what_the_test_of_the_run_found(whole, folder, tmp_path, capsys):
+    path, found = whole
+    evaluate.main([str(path), "--out", str(tmp_path / "page")])
+    told = capsys.readouterr().out
+    results = json.loads((tmp_path / "page" / "results.json").read_text())
+    assert (results["map"], results["map_50"]) == pytest.approx((found["test_map"], found["test_map_50"]), abs=1e-6)
+    assert {row["name"]: row["ap"] for row in results["per_class"]} == found["test_ap"]
+    assert (results["task"], results["images"], results["skipped"]) == ("detection", 2, {})
+    assert f"mAP at IoU 0.5: {found['test_map_50']:.2%}" in told
+    page = (tmp_path / "page" / "report.html").read_text("utf-8")
+    assert page.count('alt="The image with the detections"') == 2
+    assert ">AP</th>" in page
+    # A file elsewhere has no run folder that knows the task and the data.
+    (tmp_path / "model.keras").write_bytes((path / "model.keras").read_bytes())
+    elsewhere = evaluate.Options(str(tmp_path / "model.keras"), str(folder), "detection", split="validation")
+    assert evaluate.evaluate(elsewhere)["images"] == 1
+
+
+@once_on("torch")
+def test_photographs_that_cannot_be_read_are_left_out_and_told(whole, tmp_path, capsys):
+    path, _ = whole
+    data = tmp_path / "digits"
+    command.write(data, scenes.scenes(10, 32), scenes.CLASS_NAMES)
+    (data / "test" / "images" / "00001.png").write_bytes(b"no image")
+    evaluate.main([str(path), "--dataset", str(data)])
+    told = capsys.readouterr().out
+    assert "1 images could not be read and were skipped" in told
+    assert "00001.png" in told
+
+
+@once_on("torch")
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"resize": 40}, "resize must be left out for detection"),
+        ({"split": "all"}, "split must be train, validation or test for detection, got 'all'"),
+        ({"image_size": 64}, "image_size must be left out for"),
+        ({"task": "segmentation"}, "model must be a segmentation network, got a detector"),
+        ({"dataset": "none"}, "dataset must be 'scenes' or a folder"),
+    ],
+)
+def test_what_an_evaluation_does_not_have_is_refused(whole, own, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.evaluate(evaluate.Options(str(whole[0]), **own))
+
+
+@once_on("torch")
+def test_a_model_of_other_classes_is_refused(whole, folder, tmp_path):
+    names = ("background", "a")
+    few = [dataclasses.replace(scene, classes=np.ones_like(scene.classes)) for scene in scenes.scenes(20, 32)["train"]]
+    command.write(tmp_path / "few", {"train": few}, names)
+    with pytest.raises(ValueError, match=r"model must have the 1 classes of the data set, got the class \d"):
+        evaluate.evaluate(evaluate.Options(str(whole[0]), str(tmp_path / "few"), split="train"))
 
 
 @once_on("torch")

@@ -10,6 +10,7 @@ import pytest
 
 from tests import runs
 from tests.conftest import once_on
+from training import evaluate
 from training import scenes as command
 from training.__main__ import RECIPES
 from training.config import FOREIGN, Config
@@ -82,6 +83,27 @@ def test_the_model_that_is_left_has_the_mean_iou(whole, folder):
         matrix = matrix + metrics.pixel_matrix(labels, scores.argmax(-1), 11)
     assert metrics.mean_iou(matrix) == pytest.approx(found["test_mean_iou"])
     assert np.trace(matrix) / matrix.sum() == pytest.approx(found["test_pixel_accuracy"])
+
+
+@once_on("torch")
+def test_an_evaluation_finds_what_the_test_of_the_run_found(whole, folder, tmp_path, capsys):
+    path, found = whole
+    evaluate.main([str(path), "--out", str(tmp_path / "page")])
+    told = capsys.readouterr().out
+    results = json.loads((tmp_path / "page" / "results.json").read_text())
+    assert results["mean_iou"] == pytest.approx(found["test_mean_iou"], abs=1e-6)
+    assert results["pixel_accuracy"] == pytest.approx(found["test_pixel_accuracy"], abs=1e-6)
+    assert {row["name"]: row["iou"] for row in results["per_class"]} == pytest.approx(found["test_iou"], nan_ok=True)
+    assert f"mean IoU: {found['test_mean_iou']:.2%}" in told
+    page = (tmp_path / "page" / "report.html").read_text("utf-8")
+    assert page.count("under the colours of the predictions") == 2
+    # Photographs of another size keep it: their own pixels count.
+    data = tmp_path / "large"
+    command.write(data, scenes.scenes(8, 48), scenes.CLASS_NAMES)
+    larger = evaluate.evaluate(evaluate.Options(str(path), str(data)))
+    assert sum(row["pixels"] for row in larger["per_class"]) == larger["images"] * 48 * 48
+    with pytest.raises(ValueError, match="model must be a classifier, got a segmentation network"):
+        evaluate.evaluate(evaluate.Options(str(path), task="classification"))
 
 
 @once_on("torch")

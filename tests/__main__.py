@@ -46,7 +46,8 @@ def main() -> int:
         # The variable leaves out a notice of the theme's about its future.
         command = ["mkdocs", "build", "--strict", "--site-dir", site]
         parts.append(run("mkdocs", command, NO_MKDOCS_2_WARNING="1"))
-    command = ["pytest", "-q", *arguments]
+    # Which tests take long is shown, so that it can be said of them that they are slow.
+    command = ["pytest", "-q", "--durations=80", "--durations-min=8", *arguments]
     with ThreadPoolExecutor(len(BACKENDS)) as pool, tempfile.TemporaryDirectory() as scratch:
         for name in ("jax", "tmp"):
             os.mkdir(os.path.join(scratch, name))

@@ -102,8 +102,8 @@ def test_neighbours(run, material):
         run("neighbours.py", photos / "nowhere")
 
 
-@pytest.mark.parametrize("epochs", [0, pytest.param(5, marks=pytest.mark.slow)])
-@once_on("tensorflow")
+@pytest.mark.parametrize("epochs", [0, 5])
+@pytest.mark.slow
 def test_phone(epochs, run, material):
     from ai_edge_litert.interpreter import Interpreter
 

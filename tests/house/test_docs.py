@@ -212,10 +212,10 @@ RUNS = [
         [
             ("mobilenet", "tf_saved_model", "float32", "tensorflow"),
             ("mobilenet.onnx", "onnx", "float32", "torch"),
-            ("mobilenet.tflite", "litert", "float16", "tensorflow"),
+            ("mobilenet.tflite", "litert", "float16", None),
             ("mobilenet_int8.tflite", "litert", "int8", "torch"),
-            ("mobilenet.xml", "openvino", "float32", "tensorflow"),
-            ("mobilenet.pt2", "torch", "float32", "torch"),
+            ("mobilenet.xml", "openvino", "float32", None),
+            ("mobilenet.pt2", "torch", "float32", None),
         ]
     )
 ]

@@ -225,7 +225,7 @@ def test_the_published_checkpoint():
         pytest.param(65, "litert", "model.tflite", marks=marks("tensorflow")),
         pytest.param(65, "onnx", "model.onnx", marks=marks("torch")),
         # Of any size: PyTorch traces the uneven sides with symbols.
-        pytest.param(None, "tf_saved_model", "model", marks=marks("tensorflow")),
+        pytest.param(None, "tf_saved_model", "model", marks=pytest.mark.slow),
         pytest.param(None, "onnx", "model.onnx", marks=pytest.mark.slow),
     ],
 )

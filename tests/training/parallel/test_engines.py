@@ -73,7 +73,7 @@ def test_two_devices_train_as_one(dataset, alone, tmp_path):
     "stopped",
     [
         pytest.param(True, marks=marks("torch")),
-        pytest.param(False, marks=pytest.mark.slow if BACKEND == "torch" else []),
+        pytest.param(False, marks=marks("tensorflow")),
     ],
     ids=["stopped and killed", "killed"],
 )

@@ -119,6 +119,9 @@ def _names(model: keras.Model) -> Sequence[str]:
 def output_shapes(model: keras.Model) -> dict[str, Shape]:
     """The shapes of a model's outputs by name."""
     # Of several outputs of one layer Keras 3.15 gives `output_shape` as a list, and `output_names` with one name alone.
+    if isinstance(model, keras.Sequential):
+        # One that was loaded has no `output`.
+        return {_names(model)[0]: model.output_shape}
     given = model.output
     if not isinstance(given, dict):
         given = dict(zip(_names(model), given if isinstance(given, list) else [given], strict=True))

@@ -30,7 +30,10 @@ class _Terminated(BaseException):
 def cleaned_up() -> Iterator[None]:
     """Inside, SIGTERM first raises, so that no scratch folder and no child stays, and then ends the process."""
 
+    came = []
+
     def terminate(number: int, frame: Any) -> None:
+        came.append(number)
         raise _Terminated
 
     main = threading.current_thread() is threading.main_thread()
@@ -41,11 +44,11 @@ def cleaned_up() -> Iterator[None]:
     signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except _Terminated:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        # Whatever became of the exception: the import of a C library makes another of it, a callback may swallow it.
+        if came:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def move_results(folder: Path, path: Path, scratch: Path, overwrite: bool) -> None:

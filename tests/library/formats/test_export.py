@@ -458,6 +458,32 @@ def test_an_interrupted_export_leaves_nothing(number, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# What becomes of the exception of the signal: an import of a C library makes another of it, a callback swallows it.
+LOST = {
+    "another": "raise ImportError('broken') from error",
+    "swallowed": "pass",
+}
+
+
+@once_on("tensorflow")
+@pytest.mark.parametrize("what", LOST)
+def test_a_signal_whose_exception_is_lost_ends_the_process_with_it(what, tmp_path):
+    code = f"""
+import os, signal, sys
+from keras_mnv2.files import cleaned_up, folder_beside
+from pathlib import Path
+with cleaned_up(), folder_beside(Path(sys.argv[1])):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise SystemExit("no signal")
+    except BaseException as error:
+        {LOST[what]}
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["saved_model", "a.onnx"])
 def test_what_got_the_name_meanwhile_is_kept(name, tmp_path):
     results, scratch = tmp_path / "results", tmp_path / "scratch"

@@ -211,7 +211,7 @@ RUNS = [
     for i, (name, format, precision, backend) in enumerate(
         [
             ("mobilenet", "tf_saved_model", "float32", "tensorflow"),
-            ("mobilenet.onnx", "onnx", "float32", "torch"),
+            ("mobilenet.onnx", "onnx", "float32", None),
             ("mobilenet.tflite", "litert", "float16", None),
             ("mobilenet_int8.tflite", "litert", "int8", "torch"),
             ("mobilenet.xml", "openvino", "float32", None),

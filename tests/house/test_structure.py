@@ -251,13 +251,18 @@ def test_the_public_names():
         assert getattr(keras_mnv2, name).__doc__
 
 
-# Their examples start processes: one fewer on the backend that writes the graph.
-EXPORTING = {"formats.accelerate": "torch", "formats.export": "tensorflow", "formats.runtimes": "tensorflow"}
+# Their examples take long. Those that start processes start one fewer on the backend that writes the graph.
+LONG = {
+    "formats.accelerate": "torch",
+    "formats.export": "tensorflow",
+    "formats.runtimes": "tensorflow",
+    "predictors": "tensorflow",
+    "stock": "tensorflow",
+    "tasks.detection": "tensorflow",
+}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=marks(EXPORTING[n]) if n in EXPORTING else []) for n in sorted(LEVELS)]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=marks(LONG[n]) if n in LONG else []) for n in sorted(LEVELS)])
 def test_the_examples_of_docstrings_run(name, tmp_path, monkeypatch):
     parts = name.split(".")
     if parts[0] == "ops" and parts[-1].partition("_")[0] in {"tensorflow", "jax", "torch"} - {keras.backend.backend()}:

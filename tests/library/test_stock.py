@@ -8,7 +8,7 @@ import keras_mnv2
 from keras_mnv2.layers import InvertedResidual
 from keras_mnv2.stock import to_stock
 from tests import twins
-from tests.conftest import ONCE, once
+from tests.conftest import ONCE, marks, once
 from tests.helpers import randomise, relative_difference, run_python
 
 
@@ -26,7 +26,13 @@ def transfer(form):
     return keras.Model(x, keras.layers.Dense(3, "softmax")(keras.layers.GlobalAveragePooling2D()(y)))
 
 
-@pytest.mark.parametrize("form", ["nested", *(pytest.param(form, marks=ONCE) for form in ("flattened", "sequential"))])
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param("nested", marks=marks("tensorflow")),
+        *(pytest.param(form, marks=ONCE) for form in ("flattened", "sequential")),
+    ],
+)
 def test_a_transfer_model_is_taken_over(form, rng):
     source = transfer(form)
     frozen = source.layers[1] if form == "nested" else source.layers[0] if form == "sequential" else None
@@ -51,7 +57,7 @@ def test_only_a_mobilenet_is_taken_over():
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"padding": "symmetric", "include_preprocessing": True},
+        pytest.param({"padding": "symmetric", "include_preprocessing": True}, marks=marks("tensorflow")),
         pytest.param({"norm_layer": "group_norm"}, marks=ONCE),
         pytest.param({"block": InvertedResidual, "stochastic_depth": 0.2}, marks=ONCE),
     ],
@@ -100,7 +106,7 @@ def test_a_quantised_model_has_no_such_form(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [pytest.param(".h5", marks=ONCE), ".keras"])
+@pytest.mark.parametrize("suffix", [pytest.param(".h5", marks=ONCE), pytest.param(".keras", marks=marks("tensorflow"))])
 def test_a_transfer_model_is_taken_over_from_a_file(suffix, rng, tmp_path):
     source = transfer("nested")
     source.layers[1].trainable = False

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import keras_mnv2
-from tests.conftest import marks, once
+from tests.conftest import marks, once, once_on
 from tests.helpers import randomise, relative_difference
 
 SMALL = {"alpha": 0.35, "weights_backbone": None, "classes": 3}
@@ -152,6 +152,7 @@ def test_it_trains_with_ignored_pixels():
     assert losses[-1] < losses[0]
 
 
+@once_on("tensorflow")
 def test_it_folds_and_runs_layer_by_layer():
     model = keras_mnv2.DeepLabV3((33, 47, 3), **SMALL, aspp=(2, 4, 6))
     rng = np.random.default_rng(0)

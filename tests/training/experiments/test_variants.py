@@ -81,6 +81,7 @@ def small(monkeypatch):
     monkeypatch.setattr(cifar10, "CONFIG", config)
 
 
+@once_on("tensorflow")
 def test_an_interrupted_comparison_goes_on_and_learns(small, dataset, tmp_path, monkeypatch):
     options = Ablation(out=tmp_path, dataset=dataset, epochs=3, images=256, seeds=1, batch_size=32)
     chosen = (ablation.PAPER, ablation.RELU)

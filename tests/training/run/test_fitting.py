@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.conftest import marks, once, once_on
+from tests.conftest import once, once_on
 from tests.helpers import note
 from training.run import fitting, optimizers, train, transfer
 from training.state import checkpoints
@@ -261,9 +261,10 @@ def killed(words, folder, kills, chance):
 
 @pytest.mark.parametrize(
     ("kills", "seed"),
-    [pytest.param(2, 1, marks=marks("tensorflow")), pytest.param(24, 2, marks=SLOW)],
+    [(2, 1), (24, 2)],
     ids=["a few", "many"],
 )
+@SLOW
 def test_a_killed_run_ends_as_if_it_had_not_been(kills, seed, dataset, uninterrupted, tmp_path):
     chance, places = random.Random(seed), []
     for number in range(kills):

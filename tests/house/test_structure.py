@@ -253,7 +253,7 @@ def test_the_public_names():
 
 # Their examples take long. Those that start processes start one fewer on the backend that writes the graph.
 LONG = {
-    "formats.accelerate": "torch",
+    "formats.accelerate": "tensorflow",
     "formats.export": "tensorflow",
     "formats.runtimes": "tensorflow",
     "predictors": "tensorflow",

@@ -64,7 +64,7 @@ def test_a_core_ml_package_takes_images_and_names_classes(precision, decided, tm
     assert kinds.count("transpose") == 0
 
 
-@once
+@pytest.mark.slow
 def test_a_core_ml_package_of_what_takes_no_pixels_takes_numbers(tmp_path):
     import coremltools
 

@@ -100,7 +100,7 @@ def test_a_step_of_training_and_of_fit_takes_tensors_on_the_device():
     assert (between != model.get_weights()[0]).any()
 
 
-@once
+@pytest.mark.slow
 def test_in_bfloat16_the_layers_compute_in_it_and_the_weights_stay_in_float32():
     import torch
 

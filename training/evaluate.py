@@ -41,7 +41,7 @@ class Options:
     """Shorter side of a photograph before its centre is cut out; by default that of the checkpoint or run, or 256 for
     each 224 pixels."""
     batch_size: Batch = 32
-    """Images a call; of segmentation and detection it is always one."""
+    """Images a call, of a classifier."""
     alpha: MaybePositive = None
     """Width multiplier, for a file of weights."""
     scale: Literal[None, "none", "keras"] = None
@@ -178,11 +178,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = evaluate(options, f"python -m {process.PACKAGE}.evaluate {shlex.join(words)}")
     except (ValueError, ImportError, OSError) as error:
         fail(error)
-    from . import evaluate_photographs
-    from .report import evaluation
-
-    told = evaluate_photographs if results.get("task") in evaluate_photographs.TASKS else evaluation
-    print(told.text(results))
+    if "task" in results:
+        from .evaluate_photographs import text
+    else:
+        from .report.evaluation import text
+    print(text(results))
     if skipped := results["skipped"]:
         print(f"\n{len(skipped)} images could not be read and were skipped:")
         print("\n".join(f"{name}: {why}" for name, why in sorted(skipped.items())))

@@ -1,5 +1,6 @@
 """Segmentation networks and detectors on the photographs of a data set, whatever file they are in."""
 
+import dataclasses
 import heapq
 import time
 from collections.abc import Callable, Mapping
@@ -44,9 +45,13 @@ class Pixels:
         # (-mean IoU, number, predictions): a heap whose best image goes first.
         self.worst: list[tuple[float, int, np.ndarray]] = []
 
+    def run(self, image: Any) -> np.ndarray:
+        """The class of each pixel of a photograph."""
+        return self.network.segment(image)
+
     def add(self, i: int, image: Any, truth: Any) -> None:
         """Counts a photograph of this number."""
-        prediction = self.network.segment(image)
+        prediction = self.run(image)
         _check_classes(self.network, prediction, self.names)
         matrix = metrics.pixel_matrix(truth, prediction, len(self.names))
         self.matrix += matrix
@@ -94,10 +99,13 @@ class Boxes:
         self.truth: list[Objects] = []
         self.found: list[Detections] = []
 
+    def run(self, image: Any) -> dict[str, np.ndarray]:
+        """All that the detector gives: average precision looks at each score."""
+        return self.network.detect(image, score_threshold=0.0)
+
     def add(self, i: int, image: Any, truth: Any) -> None:
         """Counts a photograph of this number."""
-        # All that the detector gives: average precision looks at each score.
-        found = self.network.detect(image, score_threshold=0.0)
+        found = self.run(image)
         _check_classes(self.network, found["classes"], self.names)
         self.numbers.append(i)
         self.truth.append(truth)
@@ -153,8 +161,9 @@ def evaluate(task: str, options: Any, command: str = "") -> dict[str, Any]:
         ImportError: where a runtime is needed and missing.
     """
     load, read, counter = TASKS[task]
-    for name in ("resize", "data_dir"):
-        if (given := getattr(options, name)) is not None:
+    defaults = {one.name: one.default for one in dataclasses.fields(options)}
+    for name in ("resize", "data_dir", "batch_size"):
+        if (given := getattr(options, name)) != defaults[name]:
             raise ValueError(f"{name} must be left out for {task}, which does not have it, got {given!r}.")
     if options.split == "all":
         raise ValueError(f"split must be train, validation or test for {task}, got 'all'.")
@@ -172,12 +181,15 @@ def evaluate(task: str, options: Any, command: str = "") -> dict[str, Any]:
         )
     dataset = read(name, size, run.get("held_out", True))
     split, names = getattr(dataset, options.split), dataset.class_names
+    # A folder of masks may have numbers in the place of names.
+    numbers = task == "segmentation" and names == tuple(map(str, range(len(names))))
+    if network.labels is not None and network.labels != names and not numbers:
+        raise ValueError(
+            f"model must have the classes of the data set in their order, {', '.join(names)}, got "
+            f"{', '.join(network.labels)} from {network.name!r}."
+        )
     count: Any = counter(network, split, names)
-    black = np.zeros((FIRST, FIRST, 3), "uint8")
-    if isinstance(network, keras_mnv2.Segmenter):
-        network.segment(black)
-    else:
-        network.detect(black)
+    count.run(np.zeros((FIRST, FIRST, 3), "uint8"))
     skipped: dict[str, str] = {}
     start = time.perf_counter()
     for i in range(len(split)):

@@ -46,7 +46,7 @@ def rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def text(results: dict[str, Any]) -> str:
+def text(results: Mapping[str, Any]) -> str:
     """The results as people read them; of many classes the least accurate ones."""
     found = results["per_class"]
     shown = found

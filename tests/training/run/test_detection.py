@@ -12,7 +12,7 @@ import pytest
 import keras_mnv2
 from tests import runs
 from tests.conftest import once_on
-from training import evaluate
+from training import evaluate, evaluate_photographs
 from training import scenes as command
 from training.__main__ import RECIPES
 from training.data import crops, objects, scenes
@@ -130,6 +130,7 @@ def test_photographs_that_cannot_be_read_are_left_out_and_told(whole, tmp_path, 
     ("own", "message"),
     [
         ({"resize": 40}, "resize must be left out for detection"),
+        ({"batch_size": 4}, "batch_size must be left out for detection"),
         ({"split": "all"}, "split must be train, validation or test for detection, got 'all'"),
         ({"image_size": 64}, "image_size must be left out for"),
         ({"task": "segmentation"}, "model must be a segmentation network, got a detector"),
@@ -148,6 +149,21 @@ def test_a_model_of_other_classes_is_refused(whole, folder, tmp_path):
     command.write(tmp_path / "few", {"train": few}, names)
     with pytest.raises(ValueError, match=r"model must have the 1 classes of the data set, got the class \d"):
         evaluate.evaluate(evaluate.Options(str(whole[0]), str(tmp_path / "few"), split="train"))
+
+
+@once_on("torch")
+def test_a_file_that_names_other_classes_is_refused(whole, monkeypatch):
+    load = evaluate_photographs.TASKS["detection"][0]
+
+    def named(*arguments, **options):
+        network = load(*arguments, **options)
+        network.labels = tuple(reversed(scenes.CLASS_NAMES[1:]))
+        return network
+
+    parts = evaluate_photographs.TASKS["detection"][1:]
+    monkeypatch.setitem(evaluate_photographs.TASKS, "detection", (named, *parts))
+    with pytest.raises(ValueError, match=r"classes of the data set in their order, 0, 1, .*, got 9, 8, "):
+        evaluate.evaluate(evaluate.Options(str(whole[0])))
 
 
 @once_on("torch")

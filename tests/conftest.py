@@ -24,7 +24,6 @@ OPTIMISED = {
     "test_benchmark",
     "test_engines",
     "test_fitting",
-    "test_jax",
     "test_later",
     "test_ops",
     "test_train",

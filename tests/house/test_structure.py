@@ -253,12 +253,16 @@ def test_the_public_names():
 
 # Their examples take long. Those that start processes start one fewer on the backend that writes the graph.
 LONG = {
+    "classifier": "torch",
     "formats.accelerate": "tensorflow",
     "formats.export": "tensorflow",
     "formats.runtimes": "tensorflow",
-    "predictors": "tensorflow",
-    "stock": "tensorflow",
+    "model": "jax",
+    "predictors": "torch",
+    "quantize": "torch",
+    "stock": "torch",
     "tasks.detection": "tensorflow",
+    "tasks.segmentation": "tensorflow",
 }
 
 

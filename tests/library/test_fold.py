@@ -4,7 +4,7 @@ import pytest
 
 import keras_mnv2
 from keras_mnv2.layers import ConvNormActivation, InvertedResidual, ScaleShift
-from tests.conftest import ONCE, once
+from tests.conftest import ONCE, marks, once
 from tests.helpers import double_precision, note, randomise, relative_difference
 
 SIZE = (32, 32, 3)
@@ -52,13 +52,16 @@ def names_without_norms(model):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"classifier_activation": None},
+        pytest.param({"classifier_activation": None}, marks=marks("tensorflow")),
         {"include_top": False, "features": True, "input_shape": (None, None, 3)},
         pytest.param(
             {"include_top": False, "pooling": "max", "padding": "symmetric", "norm_epsilon": 1e-5}, marks=ONCE
         ),
         {"stochastic_depth": 0.2, "norm_layer": "sync_batch_norm", "output_stride": 8},
-        {"norm_layer": keras.layers.BatchNormalization(scale=False, epsilon=0.01), "activation": "silu"},
+        pytest.param(
+            {"norm_layer": keras.layers.BatchNormalization(scale=False, epsilon=0.01), "activation": "silu"},
+            marks=marks("tensorflow"),
+        ),
         pytest.param({"norm_layer": keras.layers.BatchNormalization(center=False)}, marks=ONCE),
     ],
     ids=lambda arguments: "-".join(arguments) or "plain",

@@ -86,13 +86,14 @@ def gradient_at(model, name, x):
             best = tf.reduce_max(scores, 1)
         return feature_map.numpy(), tape.gradient(best, feature_map).numpy()
     rest = keras.Model(model.get_layer(name).output, model.output)
-    feature_map = both(x, training=False)[0]
     if backend == "jax":
         import jax
 
-        gradient = jax.grad(lambda feature_map: rest(feature_map, training=False).max(1).sum())(feature_map)
+        # Compiled at once: operation by operation it takes a minute.
+        feature_map = jax.jit(lambda x: both(x, training=False)[0])(x)
+        gradient = jax.jit(jax.grad(lambda feature_map: rest(feature_map, training=False).max(1).sum()))(feature_map)
         return np.asarray(feature_map), np.asarray(gradient)
-    feature_map = feature_map.detach().requires_grad_()
+    feature_map = both(x, training=False)[0].detach().requires_grad_()
     rest(feature_map, training=False).max(1).values.sum().backward()
     return feature_map.detach().numpy(), feature_map.grad.numpy()
 

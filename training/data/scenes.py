@@ -1,7 +1,7 @@
 """Scenes: small real tasks of segmentation and detection, made without a network.
 
-Handwritten digits of scikit-learn lie as stickers on pieces of scikit-image's photographs: a digit in ink on paper that
-is cut out around it. Training, validation and test share neither digits nor photographs.
+Handwritten digits of scikit-learn lie as stickers on pieces of scikit-image's photographs: a digit in ink on brighter
+paper that is cut out around it. Training, validation and test share neither digits nor photographs.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ FRACTIONS = {"train": 1.0, "validation": 0.1, "test": 0.2}
 MOST_DIGITS, TRIES = 3, 20
 # Sides of a digit, as fractions of the scene's, and of the margin of paper around it, as a fraction of the digit's.
 SIDES, MARGIN = (0.4, 0.6), 0.12
-# Least difference in brightness of ink and paper, of 0..255.
+# By which paper is brighter than ink at least, of 0..255.
 CONTRAST = 90
 TURN = 15.0  # Degrees, to either side.
 
@@ -144,10 +144,10 @@ def _sticker(scan, side, rng):
 
 
 def _two_colours(rng):
-    """Colours of paper and ink that differ in brightness."""
+    """Colours of paper and of darker ink."""
     while True:
         paper, ink = rng.uniform(0, 255, (2, 3))
-        if abs(paper.mean() - ink.mean()) >= CONTRAST:
+        if paper.mean() - ink.mean() >= CONTRAST:
             return paper, ink
 
 

@@ -219,6 +219,7 @@ def test_a_file_of_unknown_hash_that_is_no_weights(data, host, cache):
     assert not os.listdir(cache)
 
 
+@once
 # The signal may come where Python's `urlretrieve` has its file open, and not yet in a `with`.
 @pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
 def test_an_interrupted_download_leaves_nothing(host, cache):
@@ -295,6 +296,7 @@ def assert_same_weights(found, expected):
         np.testing.assert_array_equal(a, b)
 
 
+@once
 def test_a_published_name_is_downloaded_and_loaded(host, cache, published, monkeypatch, rng):
     model, data = published
     name, digits = "torchvision/IMAGENET1K_V2", hashlib.sha256(data).hexdigest()

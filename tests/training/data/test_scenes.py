@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import binary_erosion
 
 from tests.conftest import marks
 from training import scenes as command
@@ -40,6 +41,16 @@ def test_masks_and_boxes_are_those_of_the_digits():
             assert set(np.unique(scene.mask[own])) == {label}
             rows, columns = np.nonzero(own)
             assert (left, top, right, bottom) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_ink_is_darker_than_its_paper():
+    for scene in scenes.Scenes("train", 12, 64):
+        for own in scene.objects:
+            # The digit is inside of its margin of paper.
+            brightness = scene.image[own].mean(axis=-1)
+            rim = own & ~binary_erosion(own)
+            assert scene.image[rim].mean() > brightness.mean() + 0.1 * scenes.CONTRAST
+            assert np.ptp(brightness) >= scenes.CONTRAST
 
 
 def test_a_scene_depends_on_seed_part_and_number_alone():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import keras_mnv2
-from tests.conftest import ONCE, once, once_on
+from tests.conftest import ONCE, marks, once, once_on
 from tests.golden import record_losses
 from tests.helpers import hiding, note, relative_difference, run_python
 from training import files, process
@@ -87,7 +87,7 @@ OTHERS = ("digits", "segmentation", "detection")
 
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(n, marks=[] if n == "transfer" else ONCE) for n in RECIPES if n not in OTHERS],
+    [pytest.param(n, marks=ONCE) for n in RECIPES if n not in OTHERS],
 )
 def test_each_recipe_takes_two_steps(recipe, photographs, weights, tmp_path):
     changes = {"weights": weights, "unfreeze_from": "block_2", "head_epochs": 3} if recipe == "transfer" else {}
@@ -110,7 +110,7 @@ def test_each_recipe_takes_two_steps(recipe, photographs, weights, tmp_path):
 
 
 # AdamW from scratch, and frozen batch norms; then SGD and RMSprop; the others compile the same steps again.
-OFTEN = {"digits": [], "transfer": [], "cifar10": ONCE, "paper": ONCE}
+OFTEN = {"digits": [], "transfer": marks("tensorflow"), "cifar10": ONCE, "paper": ONCE}
 
 
 @pytest.mark.parametrize(

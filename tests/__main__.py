@@ -40,7 +40,6 @@ def main() -> int:
     parts = [
         run("ruff check", ["ruff", "check", "."]),
         run("ruff format", ["ruff", "format", "--check", "."]),
-        run("mypy", ["mypy"]),
     ]
     with tempfile.TemporaryDirectory() as site:
         # The variable leaves out a notice of the theme's about its future.
@@ -48,7 +47,7 @@ def main() -> int:
         parts.append(run("mkdocs", command, NO_MKDOCS_2_WARNING="1"))
     # Which tests take long is shown, so that it can be said of them that they are slow.
     command = ["pytest", "-q", "--durations=80", "--durations-min=8", *arguments]
-    with ThreadPoolExecutor(len(BACKENDS)) as pool, tempfile.TemporaryDirectory() as scratch:
+    with ThreadPoolExecutor(len(BACKENDS) + 1) as pool, tempfile.TemporaryDirectory() as scratch:
         for name in ("jax", "tmp"):
             os.mkdir(os.path.join(scratch, name))
         shared = {
@@ -61,8 +60,10 @@ def main() -> int:
             "TMPDIR": os.path.join(scratch, "tmp"),
             "PYTEST_DEBUG_TEMPROOT": tempfile.gettempdir(),
         }
+        types = pool.submit(run, "mypy", ["mypy"])
         backends = chosen.backend or BACKENDS
         parts += pool.map(lambda backend: run(backend, command, KERAS_BACKEND=backend, **shared), backends)
+        parts.append(types.result())
     print("\n== summary")
     passed = failed = 0
     for name, fine, seconds, last in parts:

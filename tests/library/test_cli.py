@@ -21,6 +21,9 @@ from keras_mnv2.cli import main
 from tests.conftest import once, once_on
 from tests.helpers import hiding, randomise
 
+# What the command does with a model does not depend on its blocks.
+FEW = [(1, 16, 1, 1), (6, 24, 2, 2)]
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -99,7 +102,7 @@ def test_evaluate(files, capsys, tmp_path):
 
 @once
 def test_a_whole_model_of_other_classes(capsys, tmp_path):
-    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=2)
+    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, inverted_residual_setting=FEW, classes=2)
     model.save(tmp_path / "model.keras")
     for name, image in zip(("china", "flower"), load_sample_images().images, strict=True):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -121,7 +124,9 @@ def test_a_whole_model_of_other_classes(capsys, tmp_path):
 @once_on("tensorflow")
 def test_logits_become_probabilities(files, capsys, tmp_path):
     folder, _ = files
-    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3, classifier_activation=None)
+    model = keras_mnv2.MobileNetV2(
+        (32, 32, 3), alpha=0.35, weights=None, inverted_residual_setting=FEW, classes=3, classifier_activation=None
+    )
     model.layers[-1].bias.assign(np.log([0.2, 0.5, 0.3]))
     model.layers[-1].kernel.assign(np.zeros((1280, 3)))
     model.save(tmp_path / "model.keras")
@@ -140,7 +145,7 @@ def test_logits_become_probabilities(files, capsys, tmp_path):
 @once_on("tensorflow")
 def test_the_background_shifts_the_names(files, capsys, tmp_path):
     folder, _ = files
-    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=1001)
+    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, inverted_residual_setting=FEW, classes=1001)
     model.layers[-1].bias.assign(10 * np.eye(1001)[284] + 5 * np.eye(1001)[0])
     model.save(tmp_path / "model.keras")
     options = ("--weights", tmp_path / "model.keras", "--json")
@@ -159,7 +164,9 @@ def test_the_background_shifts_the_names(files, capsys, tmp_path):
 @once_on("tensorflow")
 def test_channels_first_models_are_fed_so(files, tmp_path):
     folder, _ = files
-    last = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=4, include_preprocessing=True)
+    last = keras_mnv2.MobileNetV2(
+        (32, 32, 3), alpha=0.35, weights=None, inverted_residual_setting=FEW, classes=4, include_preprocessing=True
+    )
     first = keras.Sequential([keras.Input((3, 32, 32)), keras.layers.Permute((2, 3, 1)), last])
     (x,) = keras_mnv2.evaluation_data([folder / "china.jpg"], size=32, normalize=False)[0]
     first.save(tmp_path / "first.keras")
@@ -171,7 +178,9 @@ def test_channels_first_models_are_fed_so(files, tmp_path):
 @once
 def test_an_exported_file_is_evaluated_as_the_model_is(files, capsys, tmp_path):
     folder, _ = files
-    model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=3, include_preprocessing=True)
+    model = keras_mnv2.MobileNetV2(
+        (32, 32, 3), alpha=0.35, weights=None, inverted_residual_setting=FEW, classes=3, include_preprocessing=True
+    )
     randomise(model, np.random.default_rng(0), np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)))
     model.save(tmp_path / "model.keras")
     keras_mnv2.export(model, tmp_path / "model.onnx", "onnx", verbose=False)
@@ -232,10 +241,12 @@ def test_mistakes_come_before_any_download(files, capsys, monkeypatch, tmp_path)
 @once
 def test_models_that_cannot_be_used_are_named(files, capsys, tmp_path):
     folder, _ = files
-    model = keras_mnv2.MobileNetV2((32, 32, 1), alpha=0.35, weights=None, classes=2)
+    model = keras_mnv2.MobileNetV2((32, 32, 1), alpha=0.35, weights=None, inverted_residual_setting=FEW, classes=2)
     model.save(tmp_path / "grey.keras")
     (tmp_path / "broken.keras").write_bytes(b"no model")
-    no_top = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, include_top=False)
+    no_top = keras_mnv2.MobileNetV2(
+        (32, 32, 3), alpha=0.35, weights=None, inverted_residual_setting=FEW, include_top=False
+    )
     keras_mnv2.save_weights(no_top, tmp_path / "no_top.h5")
     for options, message in (
         (["grey.keras"], "must take RGB images, got one that takes (None, 32, 32, 1)."),
@@ -252,7 +263,9 @@ def test_models_that_cannot_be_used_are_named(files, capsys, tmp_path):
 
 def test_a_broken_image_ends_an_evaluation(files, capsys, tmp_path):
     folder, _ = files
-    keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, classes=1).save(tmp_path / "model.keras")
+    keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, inverted_residual_setting=FEW, classes=1).save(
+        tmp_path / "model.keras"
+    )
     (tmp_path / "images" / "all").mkdir(parents=True)
     shutil.copy(folder / "china.jpg", tmp_path / "images" / "all")
     (tmp_path / "images" / "all" / "torn.png").write_bytes((folder / "coffee.png").read_bytes()[:5000])
@@ -264,8 +277,7 @@ def test_a_broken_image_ends_an_evaluation(files, capsys, tmp_path):
 @once
 def test_export_of_integers_calibrated_on_photographs(files, capsys, tmp_path):
     folder, _ = files
-    rows = [(1, 16, 1, 1), (6, 24, 2, 2)]
-    common = {"inverted_residual_setting": rows, "alpha": 0.35, "weights": None, "classifier_activation": None}
+    common = {"inverted_residual_setting": FEW, "alpha": 0.35, "weights": None, "classifier_activation": None}
     model = keras_mnv2.MobileNetV2((32, 32, 3), classes=5, include_preprocessing=True, **common)
     model.save(tmp_path / "model.keras")
     arguments = ("export", tmp_path / "model.keras", tmp_path / "model.tflite", "--json")

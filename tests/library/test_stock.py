@@ -88,7 +88,8 @@ assert np.isfinite(model.train_on_batch(x, np.zeros(len(x))))
 
 @once
 def test_the_file_loads_without_this_package_on_another_backend(tmp_path, rng):
-    model = keras_mnv2.MobileNetV2(twins.SIZE, 0.35, weights=None, classes=3)
+    rows = [(1, 16, 1, 1), (6, 24, 2, 2)]
+    model = keras_mnv2.MobileNetV2(twins.SIZE, 0.35, weights=None, classes=3, inverted_residual_setting=rows)
     randomise(model, rng)
     report = keras_mnv2.export(model, tmp_path / "model.keras", format="keras", verbose=False)
     assert report.largest_difference <= 1e-5

@@ -95,7 +95,7 @@ def test_dynamic_range_needs_no_new_operators(exported):
 
 
 @once
-@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.parametrize("padding", ["same", pytest.param("symmetric", marks=pytest.mark.slow)])
 def test_each_channel_has_a_border_of_its_own_mean(padding, rng, tmp_path):
     """The stem alone: its sums are those of the scaled image to within what a byte can tell, at the border too."""
     backbone = small(include_top=False, padding=padding, inverted_residual_setting=[(1, 8, 1, 1)])

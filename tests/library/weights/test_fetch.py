@@ -20,6 +20,7 @@ import keras_mnv2
 from keras_mnv2.weights import fetch as fetching
 from keras_mnv2.weights import source, table
 from keras_mnv2.weights.fetch import fetch
+from tests.conftest import once
 
 NAME = "model.safetensors"
 GOOD = save({"a": np.arange(50_000, dtype="float32")})

@@ -208,9 +208,7 @@ def test_missing_and_failing_contenders_are_named_and_the_others_go_on(tmp_path,
     assert set(results["peak_flops"]) == {"inference"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=ONCE if n in ("litert", "openvino") else []) for n in PEERS_HERE]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "torchvision-folded" else ONCE) for n in PEERS_HERE])
 def test_a_peer_computes_the_network_that_it_stands_for(name, tmp_path, monkeypatch, rng):
     spec = Spec(name, "", "inference", 0.35, 64, 2, True, str(tmp_path))
     if name == "litert":

@@ -25,7 +25,7 @@ from keras_mnv2.drawing import draw_detections, draw_mask, name_of
 from keras_mnv2.files import folder_beside, move_results
 from keras_mnv2.folders import SUFFIXES, images_below
 from keras_mnv2.formats.export import FORMATS, IO_DTYPES, LAYOUTS, PRECISIONS, export
-from keras_mnv2.loading import SCALES, TASKS, load_model
+from keras_mnv2.loading import SCALES, TASKS, is_exported, load_model, path_of_model
 from keras_mnv2.model import MobileNetV2
 from keras_mnv2.photographs import evaluation_data
 from keras_mnv2.predictors import SCORE, Detector, Segmenter, load_detector, load_segmenter
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add_weights(evaluate)
 
     export_ = add("export", _export, "writes a model as a file for another runtime, and checks it there")
-    export_.add_argument("model", metavar="MODEL", help="a whole model as .keras, or a published checkpoint by name")
+    export_.add_argument("model", metavar="MODEL", help="a .keras file, a run folder, or a published checkpoint by name")
     export_.add_argument(
         "path", metavar="OUT", help="ends in .onnx, .tflite, .xml, .pt2, .pte or .mlpackage; a SavedModel is a folder"
     )
@@ -398,12 +398,7 @@ def _export(options: argparse.Namespace) -> None:
         labels = _lines(labels)
     # A download's progress bar, and what the frameworks say, must not come between what is printed for programs.
     with contextlib.redirect_stdout(sys.stderr):
-        if options.model.endswith(".keras"):
-            model = load_model(options.model)
-            how = None
-        else:
-            model = MobileNetV2(weights=options.model, include_preprocessing=True)
-            how = preprocessing_of(options.model)
+        model, how = _exported(options.model)
         report = export(
             model,
             path,
@@ -420,6 +415,16 @@ def _export(options: argparse.Namespace) -> None:
             verbose=False,
         )
     print(json.dumps({**dataclasses.asdict(report), "path": str(path)}, indent=2) if options.json else report)
+
+
+def _exported(name: str) -> tuple[keras.Model, Preprocessing | None]:
+    """The whole model of a file or run folder, or the network of a checkpoint and how that takes photographs."""
+    path = path_of_model(name)
+    if path is None:
+        return MobileNetV2(weights=name, include_preprocessing=True), preprocessing_of(name)
+    if is_exported(path):
+        raise ValueError(f"model must be a .keras file, a run folder or a published checkpoint, got {name!r}.")
+    return load_model(path), None
 
 
 def _calibration(folder: str, model: keras.Model, how: Preprocessing | None) -> np.ndarray:

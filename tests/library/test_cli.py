@@ -279,8 +279,9 @@ def test_export_of_integers_calibrated_on_photographs(files, capsys, tmp_path):
     folder, _ = files
     common = {"inverted_residual_setting": FEW, "alpha": 0.35, "weights": None, "classifier_activation": None}
     model = keras_mnv2.MobileNetV2((32, 32, 3), classes=5, include_preprocessing=True, **common)
-    model.save(tmp_path / "model.keras")
-    arguments = ("export", tmp_path / "model.keras", tmp_path / "model.tflite", "--json")
+    (tmp_path / "run").mkdir()
+    model.save(tmp_path / "run" / "model.keras")
+    arguments = ("export", tmp_path / "run", tmp_path / "model.tflite", "--json")
     integers = ("--precision", "int8", "--io-dtype", "uint8", "--calibration", folder)
     status, out, err = run(capsys, *arguments, *integers)
     assert status == 0, err
@@ -308,6 +309,9 @@ def test_export_of_integers_calibrated_on_photographs(files, capsys, tmp_path):
         assert (status, out) == (2, "")
         assert message in err
         assert len(err.splitlines()) == 1
+    status, out, err = run(capsys, "export", tmp_path / "model.tflite", tmp_path / "model.onnx")
+    assert (status, out) == (2, "")
+    assert "model must be a .keras file, a run folder or a published checkpoint, got " in err
 
 
 def test_without_a_command_it_prints_its_help(capsys):

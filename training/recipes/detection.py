@@ -20,7 +20,7 @@ CONFIG = Config(
     # The digits are 0.4 to 0.7 of an image.
     box_scales=(0.4, 0.55, 0.7, 0.8, 0.9, 0.95, 1.0),
     reduce_lowest=False,
-    epochs=10,
+    epochs=12,
     batch_size=16,
     learning_rate=6e-3,
     weight_decay=0.01,

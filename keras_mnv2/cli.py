@@ -132,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
     add_weights(evaluate)
 
     export_ = add("export", _export, "writes a model as a file for another runtime, and checks it there")
-    export_.add_argument("model", metavar="MODEL", help="a .keras file, a run folder, or a published checkpoint by name")
+    export_.add_argument(
+        "model", metavar="MODEL", help="a .keras file, a run folder, or a published checkpoint by name"
+    )
     export_.add_argument(
         "path", metavar="OUT", help="ends in .onnx, .tflite, .xml, .pt2, .pte or .mlpackage; a SavedModel is a folder"
     )

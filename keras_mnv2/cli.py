@@ -400,7 +400,7 @@ def _export(options: argparse.Namespace) -> None:
         labels = _lines(labels)
     # A download's progress bar, and what the frameworks say, must not come between what is printed for programs.
     with contextlib.redirect_stdout(sys.stderr):
-        model, how = _exported(options.model)
+        model, how = _to_export(options.model)
         report = export(
             model,
             path,
@@ -419,7 +419,7 @@ def _export(options: argparse.Namespace) -> None:
     print(json.dumps({**dataclasses.asdict(report), "path": str(path)}, indent=2) if options.json else report)
 
 
-def _exported(name: str) -> tuple[keras.Model, Preprocessing | None]:
+def _to_export(name: str) -> tuple[keras.Model, Preprocessing | None]:
     """The whole model of a file or run folder, or the network of a checkpoint and how that takes photographs."""
     path = path_of_model(name)
     if path is None:

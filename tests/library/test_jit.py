@@ -37,11 +37,9 @@ def images(n):
     return np.random.default_rng(0).normal(size=(n, 32, 32, 3)).astype("float32"), np.arange(n) % 4
 
 
-# PyTorch's compiler takes four minutes for it.
-WHOLE = pytest.param(whole, marks=[pytest.mark.slow] if keras.backend.backend() == "torch" else [])
-
-
-@pytest.mark.parametrize("build", [WHOLE, *(pytest.param(f, marks=pytest.mark.slow) for f in (around, nested))])
+# PyTorch's compiler takes four minutes for the whole one.
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [whole, around, nested])
 def test_training_and_inference_give_what_they_give_without(build):
     # A last batch that is shorter is another compilation of each graph.
     x, y = images(8 if build is whole else 10)

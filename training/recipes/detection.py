@@ -6,7 +6,8 @@ nor mirrored. For your own objects add `--iou-crop --zoom-out 4 --flip`, and the
 
 Command: `python -m training detection`, or `python -m training detection --dataset FOLDER` with a folder of COCO's or
 Pascal VOC's layout.
-Expected for the digits: mAP 92 % at IoU 0.5 in ten to fifteen minutes on two x86 cores (`docs/detection.md`).
+Expected for the digits: mAP 90 to 93 % at IoU 0.5 after 10 epochs, in 10 to 16 minutes on one x86 core
+(`docs/detection.md`).
 """
 
 from ..config import Config

@@ -58,7 +58,7 @@ def gradients(function, arrays):
 
 
 # JAX compiles each example.
-@settings(max_examples=5 if keras.backend.backend() == "jax" else 25)
+@settings(max_examples=8 if keras.backend.backend() == "jax" else 25)
 @given(shape=SHAPES)
 def test_convolutions_equal_the_reference(shape):
     rng = np.random.default_rng(1)

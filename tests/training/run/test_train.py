@@ -85,10 +85,8 @@ def small(recipe, photographs, **changes):
 OTHERS = ("digits", "segmentation", "detection")
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(n, marks=ONCE) for n in RECIPES if n not in OTHERS],
-)
+@once
+@pytest.mark.parametrize("recipe", [n for n in RECIPES if n not in OTHERS])
 def test_each_recipe_takes_two_steps(recipe, photographs, weights, tmp_path):
     changes = {"weights": weights, "unfreeze_from": "block_2", "head_epochs": 3} if recipe == "transfer" else {}
     if recipe == "torchvision_v2":

@@ -24,9 +24,16 @@ FORMATS = [
 ]
 # Each format on one backend, and each way to it: from this process, and through another.
 HERE = {
-    "tensorflow": ("tf_saved_model", "onnx int8", "openvino", "litert float16"),
-    "jax": ("tf_saved_model", "torch", "litert int8"),
-    "torch": ("torch", "onnx float32", "onnx float16", "litert float32", "litert dynamic_int8", "litert int8"),
+    "tensorflow": (
+        "tf_saved_model",
+        "onnx int8",
+        "openvino",
+        "litert float32",
+        "litert float16",
+        "litert dynamic_int8",
+    ),
+    "jax": ("tf_saved_model", "torch"),
+    "torch": ("torch", "onnx float32", "onnx float16", "litert int8"),
 }[keras.backend.backend()]
 ROWS = [(1, 16, 1, 1), (6, 24, 2, 2)]
 LABELS = ["dress", "hat", "Hose", "long sleeve", "štěně"]

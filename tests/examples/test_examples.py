@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.model_selection import train_test_split
 
 import keras_mnv2
-from tests.conftest import once_on
+from tests.conftest import once
 from tests.helpers import randomise
 
 FOLDER = Path(__file__).parents[2] / "examples"
@@ -53,7 +53,7 @@ def run(material, tmp_path, monkeypatch, capsys):
     return run
 
 
-@once_on("torch")
+@once
 def test_transfer_learning(run, material):
     out = run("transfer_learning.py", material / "photos", "--size", 32, "--head-epochs", 100, "--epochs", 1)
     # The bars of both phases, and what is frozen.
@@ -65,7 +65,7 @@ def test_transfer_learning(run, material):
     assert np.mean(model.predict(data, verbose=0).argmax(1) == data.labels) > 0.8
 
 
-@once_on("tensorflow")
+@once
 def test_unet(run):
     out = run("unet.py", "--size", 64, "--images", 160, "--epochs", 6)
     (found,) = re.findall(r"mean IoU on 40 test images: (0\.\d{3})\n", out)
@@ -82,7 +82,7 @@ def test_unet(run):
     assert np.mean(255 * again.reshape(-1, 64) == predicted[..., 0]) > 0.9
 
 
-@once_on("torch")
+@once
 def test_neighbours(run, material):
     photos = material / "photos"
     out = run("neighbours.py", photos, "--size", 32, "--neighbours", 3)

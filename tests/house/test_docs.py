@@ -18,7 +18,7 @@ from PIL import Image
 
 import keras_mnv2
 from keras_mnv2.weights import source
-from tests.conftest import marks, once, once_on
+from tests.conftest import marks, once
 from tests.exports import LABELS
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def test_the_code_about_segmentation(folder, capsys):
     assert capsys.readouterr().out.splitlines()[-2:] == ["(4, 65, 97)", "(120, 200)"]
 
 
-@once_on("tensorflow")
+@once
 def test_the_code_about_detection(folder, capsys):
     # The network finds hardly anything after one epoch: what it gives are the same boxes.
     names = run_page("docs/detection.md")
@@ -191,7 +191,7 @@ def test_the_code_about_detection(folder, capsys):
     assert "{'boxes': (1, 10, 4), 'classes': (1, 10), 'scores': (1, 10)}" in capsys.readouterr().out
 
 
-@once_on("tensorflow")
+@once
 def test_the_code_about_export(decided, folder):
     model, images = decided
     # The model of the page has the classes of the labels, and takes its images.

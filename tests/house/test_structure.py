@@ -254,15 +254,15 @@ def test_the_public_names():
 # Their examples take long. Those that start processes start one fewer on the backend that writes the graph.
 LONG = {
     "classifier": "torch",
-    "formats.accelerate": "tensorflow",
+    "formats.accelerate": "torch",
     "formats.export": "tensorflow",
     "formats.runtimes": "tensorflow",
-    "model": "jax",
+    "model": "torch",
     "predictors": "torch",
     "quantize": "torch",
     "stock": "torch",
-    "tasks.detection": "tensorflow",
-    "tasks.segmentation": "tensorflow",
+    "tasks.detection": "torch",
+    "tasks.segmentation": "torch",
 }
 
 

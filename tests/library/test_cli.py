@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 import keras_mnv2
 from keras_mnv2.backend import other_backend
 from keras_mnv2.cli import main
-from tests.conftest import once, once_on
+from tests.conftest import once
 from tests.helpers import hiding, randomise
 
 # What the command does with a model does not depend on its blocks.
@@ -68,7 +68,7 @@ def test_predict(files, capsys):
     assert len(lines) == 7
 
 
-@once_on("tensorflow")
+@once
 def test_evaluate(files, capsys, tmp_path):
     folder, model = files
     pixels = {name: keras_mnv2.resize_and_crop(folder / f"{name}.jpg") for name in ("china", "flower")}
@@ -121,7 +121,7 @@ def test_a_whole_model_of_other_classes(capsys, tmp_path):
     assert "must have the classes of the model, which has 2, got 3." in err
 
 
-@once_on("tensorflow")
+@once
 def test_logits_become_probabilities(files, capsys, tmp_path):
     folder, _ = files
     model = keras_mnv2.MobileNetV2(
@@ -142,7 +142,7 @@ def test_logits_become_probabilities(files, capsys, tmp_path):
     ]
 
 
-@once_on("tensorflow")
+@once
 def test_the_background_shifts_the_names(files, capsys, tmp_path):
     folder, _ = files
     model = keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, inverted_residual_setting=FEW, classes=1001)
@@ -161,7 +161,7 @@ def test_the_background_shifts_the_names(files, capsys, tmp_path):
     assert (status, found["images"], found["top1"]) == (0, 2, 50)
 
 
-@once_on("tensorflow")
+@once
 def test_channels_first_models_are_fed_so(files, tmp_path):
     folder, _ = files
     last = keras_mnv2.MobileNetV2(
@@ -175,7 +175,7 @@ def test_channels_first_models_are_fed_so(files, tmp_path):
     np.testing.assert_allclose(classifier.scores(x), last.predict(x, verbose=0), rtol=1e-4)
 
 
-@once
+@pytest.mark.slow
 def test_an_exported_file_is_evaluated_as_the_model_is(files, capsys, tmp_path):
     folder, _ = files
     model = keras_mnv2.MobileNetV2(
@@ -220,6 +220,7 @@ def test_what_a_build_prints_stays_out_of_the_json(files, capsys, monkeypatch):
     assert "downloading" in err
 
 
+@once
 def test_mistakes_come_before_any_download(files, capsys, monkeypatch, tmp_path):
     folder, _ = files
     monkeypatch.setattr("keras_mnv2.classifier.MobileNetV2", lambda *_, **__: pytest.fail("it was built"))
@@ -274,7 +275,7 @@ def test_a_broken_image_ends_an_evaluation(files, capsys, tmp_path):
     assert "torn.png' cannot be read as an image" in err
 
 
-@once
+@pytest.mark.slow
 def test_export_of_integers_calibrated_on_photographs(files, capsys, tmp_path):
     folder, _ = files
     common = {"inverted_residual_setting": FEW, "alpha": 0.35, "weights": None, "classifier_activation": None}
@@ -390,6 +391,7 @@ def alone(tmp_path, present, *words, named=None):
     )
 
 
+@once
 def test_the_backend_that_is_installed_is_taken(tmp_path):
     present = {"jax": "jax,jaxlib"}.get(keras.backend.backend(), keras.backend.backend())
     done = alone(tmp_path, present, "--version")
@@ -405,7 +407,7 @@ def test_a_variable_that_names_a_missing_backend_is_named(tmp_path):
     assert "keras_mnv2 needs TensorFlow, JAX or PyTorch: pip install" in done.stderr.splitlines()[-1]
 
 
-@once
+@pytest.mark.slow
 def test_train_says_which_extra_it_needs(tmp_path):
     done = alone(tmp_path, "torch", "train")
     assert (done.returncode, done.stdout) == (2, "")

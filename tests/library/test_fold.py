@@ -52,12 +52,12 @@ def names_without_norms(model):
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param({"classifier_activation": None}, marks=marks("tensorflow")),
+        pytest.param({"classifier_activation": None}, marks=ONCE),
         {"include_top": False, "features": True, "input_shape": (None, None, 3)},
         pytest.param(
             {"include_top": False, "pooling": "max", "padding": "symmetric", "norm_epsilon": 1e-5}, marks=ONCE
         ),
-        {"stochastic_depth": 0.2, "norm_layer": "sync_batch_norm", "output_stride": 8},
+        pytest.param({"stochastic_depth": 0.2, "norm_layer": "sync_batch_norm", "output_stride": 8}, marks=ONCE),
         pytest.param(
             {"norm_layer": keras.layers.BatchNormalization(scale=False, epsilon=0.01), "activation": "silu"},
             marks=marks("tensorflow"),

@@ -245,6 +245,7 @@ def test_features_by_stride(rng):
 FEATURES = ["stem", "block_3", "block_13_expand", "stride_16"]
 
 
+@once
 def test_features_by_name_equal_the_whole_models(rng):
     model = small(include_top=False)
     ends = ["Conv1_relu", "block_3_project_BN", "block_13_expand_relu", "block_12_add"]

@@ -11,12 +11,10 @@ from skimage import data
 import keras_mnv2
 from keras_mnv2 import classifier, predictors
 from keras_mnv2.cli import main
-from tests.conftest import once_on
+from tests.conftest import once
 from tests.helpers import randomise
 
 SIDE = 64
-
-once = once_on("tensorflow")
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.helpers import note, randomise, relative_difference
 
 # The other backends have more to do.
 once = once_on("jax")
-ONCE = marks("jax")
+ONCE = marks("torch")
 
 # One record of each library, the ones whose models run end to end below.
 ONE_OF_EACH = (
@@ -380,10 +380,8 @@ PEERS = {
 }
 
 
-# Each on one backend, and on the others one of PyTorch and one of Keras.
-@pytest.fixture(
-    scope="module", params=[pytest.param(n, marks=[] if n in ("torchvision", "keras") else ONCE) for n in PEERS]
-)
+# Each on one backend, and one on the others: the peers run there as they run here.
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=[] if n == "torchvision" else ONCE) for n in PEERS])
 def peer(request, tmp_path_factory):
     torch.manual_seed(0)
     keras.utils.set_random_seed(0)

@@ -10,7 +10,7 @@ from keras_mnv2.quantize import (
     QuantizedDense,
     QuantizedInvertedResidual,
 )
-from tests.conftest import once
+from tests.conftest import once, once_on
 from tests.exports import pictures, small
 from tests.helpers import note, randomise, relative_difference, relative_norm
 from tests.library.ops.test_ops import gradients
@@ -140,6 +140,7 @@ def test_the_8_bit_onnx_file_gives_its_predictions_and_holds_its_integers(traine
     assert max(np.abs(sums).max() for s in stored if s.shape[1] > 1 for sums in pair_sums(s)) <= 128
 
 
+@once_on("tensorflow")
 def test_the_int8_file_gives_its_predictions_and_holds_its_integers(trained, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
@@ -275,7 +276,7 @@ def test_dense_rounds_kernel_logits_and_output(rng):
     assert len(np.unique(numpy(linear(x)))) <= 256
 
 
-@once
+@pytest.mark.slow
 def test_a_users_model_with_a_nested_backbone(rng, tmp_path):
     backbone = small(include_top=False, pooling="avg", weights=None)
     user = keras.Sequential(

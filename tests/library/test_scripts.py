@@ -9,7 +9,7 @@ import pytest
 
 import keras_mnv2
 from tests import twins
-from tests.conftest import once, once_on
+from tests.conftest import once
 from tests.helpers import note, relative_difference
 
 # XLA compiles the training steps of both models for half a minute.
@@ -141,7 +141,7 @@ def test_frozen_norms_keep_their_statistics_in_fit():
     assert losses[0][0] != losses[0][1]
 
 
-@once_on("tensorflow")
+@once
 def test_norms_that_train_move_their_statistics_as_far():
     models = twins.pair()
     x, y = twins.batch()

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from tests import twins
-from tests.conftest import once, once_on
+from tests.conftest import once
 from tests.helpers import relative_difference
 
 SKIPS = (
@@ -25,7 +25,7 @@ def agree(models, x, y):
     assert max(abs(a - b) for a, b in zip(*found, strict=True)) <= 1e-4
 
 
-@once_on("tensorflow")
+@once
 def test_transfer_learning_and_fine_tuning():
     x, y = twins.batch()
     models = []

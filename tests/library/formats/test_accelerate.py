@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import keras_mnv2
-from tests.conftest import once
 from tests.exports import small
 
 # Runtimes whose graph another backend writes are slower to make.
@@ -87,7 +86,7 @@ def test_a_bad_argument_is_named_in_one_sentence(call, message, fast):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@once
+@pytest.mark.slow
 def test_several_outputs_keep_their_structure(rng):
     # Onto each backend's own graph, whichever runtime reads it.
     runtime = RUNTIME if RUNTIME != "litert" else "openvino"

@@ -107,7 +107,7 @@ def kinds_that_run(path, folder):
     return [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
 
 
-@once
+@pytest.mark.slow
 def test_an_8_bit_onnx_file_runs_with_integers(exported, tmp_path):
     report = exported("onnx", "int8")
     kinds = kinds_that_run(report.path, tmp_path)
@@ -185,7 +185,7 @@ def test_an_onnx_file_of_another_layout_and_opset(precision, decided, tmp_path):
     np.testing.assert_allclose(keras_mnv2.load_classifier(tmp_path / "a.onnx").scores(images), expected, atol=atol)
 
 
-@once
+@pytest.mark.slow
 def test_an_opset_that_cannot_hold_the_model_is_one_sentence(tmp_path):
     image = keras.Input((8, 8, 3))
     model = keras.Model(image, keras.layers.LayerNormalization()(image))
@@ -246,7 +246,7 @@ def test_a_users_sequential_model(tmp_path):
         assert report.largest_difference <= 1e-5
 
 
-@once
+@pytest.mark.slow
 def test_a_model_of_mixed_precision_leaves_in_float32(tmp_path):
     mixed = small(dtype="mixed_bfloat16")
     report = keras_mnv2.export(mixed, tmp_path / "b.onnx", "onnx", verbose=False)
@@ -403,7 +403,7 @@ def test_an_export_that_differs_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@once
+@pytest.mark.slow
 def test_integers_that_say_nothing_of_the_model_are_refused(decided, tmp_path, monkeypatch):
     model, images = decided
     answer = model.predict

@@ -60,7 +60,10 @@ def test_what_was_written_before_still_loads(tmp_path):
 
 
 @once
-@pytest.mark.parametrize("kind", ["unfolded", "around", pytest.param("quantized", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind",
+    ["around", pytest.param("unfolded", marks=pytest.mark.slow), pytest.param("quantized", marks=pytest.mark.slow)],
+)
 def test_other_graphs_keep_their_numbers(kind, tmp_path, rng):
     import torch
 

@@ -34,7 +34,7 @@ def test_an_executorch_file_gives_the_models_numbers(decided, tmp_path):
     np.testing.assert_allclose(found["predictions"], model.predict(images[:3], verbose=0), atol=5e-5)
 
 
-@once
+@pytest.mark.slow
 def test_a_convolution_that_xnnpack_does_not_take_is_an_error(tmp_path):
     image = keras.Input((16, 16, 3))
     with pytest.raises(RuntimeError, match="XNNPACK takes all but 1 convolutions and products"):

@@ -304,7 +304,7 @@ def test_bad_targets(ours, boxes, classes, match):
         keras_mnv2.TargetEncoder(ours)(boxes, classes)
 
 
-@once_on("tensorflow")
+@once
 def test_files_and_another_number_of_classes(ours, tmp_path, capsys):
     path = tmp_path / "ours.keras"
     ours.save(path)
@@ -525,7 +525,7 @@ def written(model, images, precision, path):
     ("precision", "file"),
     [
         pytest.param("int8", "model.tflite", marks=marks("tensorflow")),
-        pytest.param("int8", "model.onnx", marks=marks("torch")),
+        pytest.param("int8", "model.onnx", marks=pytest.mark.slow),
         pytest.param("float16", "model.onnx", marks=pytest.mark.slow),
         pytest.param("float16", "model.tflite", marks=pytest.mark.slow),
         pytest.param("dynamic_int8", "model.tflite", marks=pytest.mark.slow),

@@ -73,6 +73,7 @@ def test_logits_are_those_of_transformers(theirs):
     assert np.abs(found - whole.numpy().transpose(0, 2, 3, 1)).max() < 1e-4
 
 
+@once
 def test_half_width_and_output_stride_16(tmp_path):
     import torch
 
@@ -178,6 +179,7 @@ def test_channels_first():
     np.testing.assert_allclose(found.transpose(0, 2, 3, 1), last.predict(images, verbose=0), atol=1e-5)
 
 
+@once
 def test_any_size_at_once():
     model = keras_mnv2.DeepLabV3(**SMALL, include_preprocessing=True)
     fixed = keras_mnv2.DeepLabV3((49, 81, 3), **SMALL, include_preprocessing=True)
@@ -224,7 +226,7 @@ def test_the_published_checkpoint():
     ("side", "format", "file"),
     [
         pytest.param(65, "litert", "model.tflite", marks=marks("tensorflow")),
-        pytest.param(65, "onnx", "model.onnx", marks=marks("torch")),
+        pytest.param(65, "onnx", "model.onnx", marks=pytest.mark.slow),
         # Of any size: PyTorch traces the uneven sides with symbols.
         pytest.param(None, "tf_saved_model", "model", marks=pytest.mark.slow),
         pytest.param(None, "onnx", "model.onnx", marks=pytest.mark.slow),

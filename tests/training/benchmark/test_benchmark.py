@@ -182,7 +182,7 @@ SHADOWS = {
 }
 
 
-@once_on("tensorflow")
+@once
 def test_missing_and_failing_contenders_are_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     for name, code in SHADOWS.items():
         (tmp_path / f"{name}.py").write_text(code)

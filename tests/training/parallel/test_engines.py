@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.conftest import marks, once_on
+from tests.conftest import marks, once
 from tests.helpers import note
 from training.parallel import engines
 from training.parallel.channel import LOST
@@ -44,7 +44,7 @@ def assert_as_one(folder, alone, how):
             assert float(row[name]) == pytest.approx(float(value), abs=1e-4), name
 
 
-@once_on("tensorflow")
+@once
 def test_half_the_batch_alone_gives_other_weights(dataset, alone, tmp_path):
     train.run(runs.settings(dataset, tmp_path / "run", batch_size=32))
     assert runs.difference(runs.outcome(tmp_path / "run"), alone) > 1e-2
@@ -73,7 +73,7 @@ def test_two_devices_train_as_one(dataset, alone, tmp_path):
     "stopped",
     [
         pytest.param(True, marks=marks("torch")),
-        pytest.param(False, marks=marks("tensorflow")),
+        pytest.param(False, marks=pytest.mark.slow),
     ],
     ids=["stopped and killed", "killed"],
 )

@@ -305,7 +305,7 @@ mount -o remount,size=100m {folder} || exit 99
 """
 
 
-@once
+@pytest.mark.slow
 def test_a_full_disk_ends_in_a_sentence_and_the_run_goes_on(dataset, uninterrupted, tmp_path):
     folder, out = tmp_path / "disk", tmp_path / "out"
     folder.mkdir(), out.mkdir()

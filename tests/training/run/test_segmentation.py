@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.conftest import once_on
+from tests.conftest import once
 from training import evaluate
 from training import scenes as command
 from training.__main__ import RECIPES
@@ -54,7 +54,7 @@ def whole(folder, tmp_path_factory):
     return path, train.run(small(folder, path, epochs=2), "the command")
 
 
-@once_on("torch")
+@once
 def test_a_run_leaves_its_measures_and_the_worst_images(whole):
     path, found = whole
     assert found["test_images"] == 2
@@ -71,7 +71,7 @@ def test_a_run_leaves_its_measures_and_the_worst_images(whole):
     assert "test mean IoU" in (path / "report.md").read_text()
 
 
-@once_on("torch")
+@once
 def test_the_model_that_is_left_has_the_mean_iou(whole, folder):
     path, found = whole
     model = keras.models.load_model(path / "model.keras")
@@ -85,7 +85,7 @@ def test_the_model_that_is_left_has_the_mean_iou(whole, folder):
     assert np.trace(matrix) / matrix.sum() == pytest.approx(found["test_pixel_accuracy"])
 
 
-@once_on("torch")
+@once
 def test_an_evaluation_finds_what_the_test_of_the_run_found(whole, folder, tmp_path, capsys):
     path, found = whole
     evaluate.main([str(path), "--out", str(tmp_path / "page")])
@@ -106,7 +106,7 @@ def test_an_evaluation_finds_what_the_test_of_the_run_found(whole, folder, tmp_p
         evaluate.evaluate(evaluate.Options(str(path), task="classification"))
 
 
-@once_on("torch")
+@once
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(whole, folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         # A machine with other work must not end the process within a step.
@@ -118,7 +118,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(whole, folder, tmp_pa
     runs.assert_same(runs.outcome(tmp_path / "run"), runs.outcome(whole[0]))
 
 
-@once_on("tensorflow")
+@once
 def test_a_backbone_starts_with_a_classifiers_weights(folder, tmp_path):
     import keras_mnv2
 
@@ -158,7 +158,7 @@ CHOSEN = {
 }
 
 
-@once_on("torch")
+@once
 @pytest.mark.parametrize(("task", "name"), [(task, name) for task in FOREIGN for name in FOREIGN[task]])
 def test_settings_that_a_task_does_not_have_are_refused(task, name):
     recipe = {"classification": "digits"}.get(task, task)
@@ -170,13 +170,13 @@ def test_settings_that_a_task_does_not_have_are_refused(task, name):
         dataclasses.replace(RECIPES[recipe].CONFIG, **{name: value})
 
 
-@once_on("torch")
+@once
 def test_weights_have_a_backbone():
     with pytest.raises(ValueError, match="weights_backbone must be left out where weights are given"):
         dataclasses.replace(CONFIG, weights="a.h5", weights_backbone="b.h5")
 
 
-@once_on("torch")
+@once
 def test_intersections_over_unions_are_those_of_sets(rng):
     labels, found = rng.integers(0, 4, (2, 5, 30))
     labels[0, :7] = 255
@@ -194,7 +194,7 @@ def test_intersections_over_unions_are_those_of_sets(rng):
     assert sum(row["pixels"] for row in rows) == 143
 
 
-@once_on("torch")
+@once
 def test_pictures_show_the_labels_in_colours():
     image = np.full((2, 2, 3), 100, "uint8")
     found = painted(image, np.array([[0, 1], [2, 255]], "uint8"))

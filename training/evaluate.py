@@ -83,6 +83,8 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
         from . import evaluate_photographs
 
         return evaluate_photographs.evaluate(task, options, command)
+    import keras
+
     import keras_mnv2
 
     from .data import batches, sets
@@ -114,9 +116,16 @@ def evaluate(options: Options, command: str = "") -> dict[str, Any]:
     # Not timed: the first call compiles.
     _first_scores(network, size, options.batch_size)
     left_out, columns, names = network.match(names)
+    bar = keras.utils.Progbar(-(-len(images) // options.batch_size))
+
+    def shown(x):
+        found = network.scores(x)
+        bar.add(1)
+        return found
+
     start = time.perf_counter()
     try:
-        scores, labels = batches.read_scores(network.scores, ordered)
+        scores, labels = batches.read_scores(shown, ordered)
     except ValueError as error:
         raise ValueError(str(error).replace("images must have", "dataset must have images of", 1)) from error
     seconds = time.perf_counter() - start

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 import keras_mnv2
@@ -191,14 +192,16 @@ def evaluate(task: str, options: Any, command: str = "") -> dict[str, Any]:
     count: Any = counter(network, split, names)
     count.run(np.zeros((FIRST, FIRST, 3), "uint8"))
     skipped: dict[str, str] = {}
+    bar = keras.utils.Progbar(len(split), unit_name="image")
     start = time.perf_counter()
     for i in range(len(split)):
         try:
             image, truth = split[i]
         except (ValueError, OSError) as error:
             skipped[split.name(i)] = str(error)
-            continue
-        count.add(i, image, truth)
+        else:
+            count.add(i, image, truth)
+        bar.update(i + 1)
     seconds = time.perf_counter() - start
     if len(skipped) == len(split):
         raise ValueError(f"dataset must have images that can be read, got {next(iter(skipped.values()))}")

@@ -51,6 +51,9 @@ def convolution(
         images = tf.transpose(x, (0, 2, 3, 1))
         y = convolution(images, kernel, bias, **options)
         return tf.transpose(y, (0, 3, 1, 2))
+    if data_format == "channels_last" and _mostly_zeros(x, kernel, **options):
+        y = _dilated_depthwise(x, kernel, dilation)
+        return y if bias is None else tf.nn.bias_add(y, bias)
     if data_format == "channels_first" or dilation > 1:
         return default.convolution(x, kernel, bias, data_format=data_format, **options)
     x, mode = _padded(x, kernel, stride, padding)
@@ -60,6 +63,53 @@ def convolution(
         y = tf.nn.conv2d(x, kernel, stride, mode)
     # As an operation of its own: TensorFlow's graph optimiser fuses it, and the activation, into the convolution.
     return y if bias is None else tf.nn.bias_add(y, bias)
+
+
+def _mostly_zeros(x: Tensor, kernel: Tensor, depthwise: bool, stride: int, padding: Padding, dilation: int) -> bool:
+    """Whether a dilated depthwise convolution pads small images to at least twice their pixels."""
+    if not depthwise or dilation == 1 or stride > 1 or None in x.shape[1:]:
+        return False
+    sides = x.shape[1:3]
+    pairs = spatial_padding(padding, kernel.shape[:2], sides, stride, dilation)
+    around = [k // 2 * dilation for k in kernel.shape[:2]]
+    if (
+        any(k % 2 == 0 for k in kernel.shape[:2])
+        or pairs is None
+        or [(n, n) for n in around] != list(map(tuple, pairs))
+    ):
+        return False
+    height, width = (n + 2 * zeros for n, zeros in zip(sides, around, strict=True))
+    return height * width >= 2 * sides[0] * sides[1] and not tf.config.list_physical_devices("GPU")
+
+
+def _dilated_depthwise(x: Tensor, kernel: Tensor, dilation: int) -> Tensor:
+    """A depthwise convolution as files know it, whose gradients leave out the zeros around small images.
+
+    Every `dilation`-th pixel is an image of its own, which the kernel meets without gaps. For 16 images of 8x8x336 and
+    dilation 4 (two x86 cores, TensorFlow 2.21) both passes take 6.3 ms instead of 10.3. For 4 of 65x65x960 TensorFlow's
+    own gradients are the faster ones.
+    """
+    height, width, channels = x.shape[1:]
+    rows, columns = -(-height // dilation), -(-width // dilation)
+
+    def by_pixels(x: Tensor, kernel: Tensor) -> Tensor:
+        x = tf.pad(x, [[0, 0], [0, rows * dilation - height], [0, columns * dilation - width], [0, 0]])
+        x = tf.transpose(tf.reshape(x, (-1, rows, dilation, columns, dilation, channels)), (0, 2, 4, 1, 3, 5))
+        y = tf.nn.depthwise_conv2d(tf.reshape(x, (-1, rows, columns, channels)), kernel, [1, 1, 1, 1], "SAME")
+        y = tf.transpose(tf.reshape(y, (-1, dilation, dilation, rows, columns, channels)), (0, 3, 1, 4, 2, 5))
+        return tf.reshape(y, (-1, rows * dilation, columns * dilation, channels))[:, :height, :width]
+
+    @tf.custom_gradient
+    def convolve(x: Tensor, kernel: Tensor) -> Any:
+        def gradients(gradient: Tensor) -> Any:
+            with tf.GradientTape() as tape:
+                tape.watch((x, kernel))
+                y = by_pixels(x, kernel)
+            return tape.gradient(y, (x, kernel), gradient)
+
+        return default.convolution(x, kernel, depthwise=True, dilation=dilation), gradients
+
+    return convolve(x, tf.convert_to_tensor(kernel))
 
 
 def batch_normalization(

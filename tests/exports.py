@@ -33,7 +33,7 @@ HERE = {
         "litert dynamic_int8",
     ),
     "jax": ("tf_saved_model", "torch"),
-    "torch": ("torch", "onnx float32", "onnx float16", "litert int8"),
+    "torch": ("torch", "onnx float32", "litert int8"),
 }[keras.backend.backend()]
 ROWS = [(1, 16, 1, 1), (6, 24, 2, 2)]
 LABELS = ["dress", "hat", "Hose", "long sleeve", "štěně"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.conftest import marks, once
+from tests.conftest import once
 from tests.helpers import note
 from training.parallel import engines
 from training.parallel.channel import LOST
@@ -69,14 +69,8 @@ def test_two_devices_train_as_one(dataset, alone, tmp_path):
 
 
 # That all stop after the same step they agree on by `Channel`, the same for each engine; how they end is the engine's.
-@pytest.mark.parametrize(
-    "stopped",
-    [
-        pytest.param(True, marks=marks("torch")),
-        pytest.param(False, marks=pytest.mark.slow),
-    ],
-    ids=["stopped and killed", "killed"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [True, False], ids=["stopped and killed", "killed"])
 def test_two_processes_that_are_stopped_and_killed_train_as_one(stopped, dataset, alone, tmp_path):
     changes = {"checkpoint_steps": 1, "checkpoint_seconds": 1000, "resume": True, "devices": 1}
     words = ["--processes", "2", *runs.flags(dataset, tmp_path / "run", **changes)]

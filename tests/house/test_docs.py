@@ -191,7 +191,8 @@ def test_the_code_about_detection(folder, capsys):
     assert "{'boxes': (1, 10, 4), 'classes': (1, 10), 'scores': (1, 10)}" in capsys.readouterr().out
 
 
-@once
+# Minutes; `formats` has a test of each call.
+@pytest.mark.slow
 def test_the_code_about_export(decided, folder):
     model, images = decided
     # The model of the page has the classes of the labels, and takes its images.

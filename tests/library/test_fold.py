@@ -122,6 +122,7 @@ def extended(rng):
     return keras.Model(image, {"label": keras.layers.Dense(3, "softmax", name="label")(x), "vector": x})
 
 
+@once
 def test_a_users_head_and_a_nested_backbone_are_folded(rng):
     model = extended(rng)
     result = folded(model, rng, 0, 255)
@@ -151,7 +152,8 @@ def test_a_folded_model_is_saved_and_trained_like_any_other(rng, tmp_path):
     assert sum(changed) > len(changed) / 2
 
 
-@pytest.mark.parametrize("block", [None, pytest.param(InvertedResidual, marks=ONCE)])
+@once
+@pytest.mark.parametrize("block", [None, InvertedResidual])
 def test_a_fine_tuned_model_with_frozen_blocks_stays_so(block, rng):
     model = small(dropout=0, block=block)
     last = "block_1_project" if block is None else "block_1"

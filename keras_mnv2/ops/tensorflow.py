@@ -1,8 +1,8 @@
 """The operations on TensorFlow: its own padding, bias and batch norm kernels.
 
 Channels-first images are transposed on a CPU, where TensorFlow has a kernel for them only with oneDNN, which it takes
-by itself on some processors alone. Dilations go through `keras.ops`. `jit_compile=True` is never used on a CPU: XLA's
-depthwise convolution is ten times slower there.
+by itself on some processors alone. Dilations go through `keras.ops`, but for the gradients of depthwise ones on small
+images. `jit_compile=True` is never used on a CPU: XLA's depthwise convolution is ten times slower there.
 """
 
 from collections.abc import Sequence
@@ -53,14 +53,14 @@ def convolution(
         return tf.transpose(y, (0, 3, 1, 2))
     if data_format == "channels_last" and _mostly_zeros(x, kernel, **options):
         y = _dilated_depthwise(x, kernel, dilation)
-        return y if bias is None else tf.nn.bias_add(y, bias)
-    if data_format == "channels_first" or dilation > 1:
+    elif data_format == "channels_first" or dilation > 1:
         return default.convolution(x, kernel, bias, data_format=data_format, **options)
-    x, mode = _padded(x, kernel, stride, padding)
-    if depthwise:
-        y = tf.nn.depthwise_conv2d(x, kernel, [1, stride, stride, 1], mode)
     else:
-        y = tf.nn.conv2d(x, kernel, stride, mode)
+        x, mode = _padded(x, kernel, stride, padding)
+        if depthwise:
+            y = tf.nn.depthwise_conv2d(x, kernel, [1, stride, stride, 1], mode)
+        else:
+            y = tf.nn.conv2d(x, kernel, stride, mode)
     # As an operation of its own: TensorFlow's graph optimiser fuses it, and the activation, into the convolution.
     return y if bias is None else tf.nn.bias_add(y, bias)
 

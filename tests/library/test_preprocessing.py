@@ -388,7 +388,7 @@ def peer(request, tmp_path_factory):
     return PEERS[request.param](tmp_path_factory.mktemp(request.param), np.random.default_rng(0))
 
 
-@once
+@once_on("torch")
 def test_the_peers_tell_photographs_apart(peer):
     for name, values in peer.outputs.items():
         assert np.ptp(values, axis=0).max() > 0.3 * np.abs(values).max(), name

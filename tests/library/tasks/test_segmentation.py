@@ -179,7 +179,6 @@ def test_channels_first():
     np.testing.assert_allclose(found.transpose(0, 2, 3, 1), last.predict(images, verbose=0), atol=1e-5)
 
 
-@once
 def test_any_size_at_once():
     model = keras_mnv2.DeepLabV3(**SMALL, include_preprocessing=True)
     fixed = keras_mnv2.DeepLabV3((49, 81, 3), **SMALL, include_preprocessing=True)

@@ -30,7 +30,6 @@ HERE = {
         "openvino",
         "litert float32",
         "litert float16",
-        "litert dynamic_int8",
     ),
     "jax": ("tf_saved_model", "torch"),
     "torch": ("torch", "onnx float32", "litert int8"),

@@ -65,7 +65,7 @@ def test_transfer_learning(run, material):
     assert np.mean(model.predict(data, verbose=0).argmax(1) == data.labels) > 0.8
 
 
-@once
+@pytest.mark.slow
 def test_unet(run):
     out = run("unet.py", "--size", 64, "--images", 160, "--epochs", 6)
     (found,) = re.findall(r"mean IoU on 40 test images: (0\.\d{3})\n", out)

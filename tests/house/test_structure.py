@@ -256,7 +256,7 @@ LONG: dict[str, str | None] = {
     "classifier": "torch",
     "formats.accelerate": None,
     "formats.export": "tensorflow",
-    "formats.runtimes": "tensorflow",
+    "formats.runtimes": None,
     "model": "torch",
     "predictors": "torch",
     "quantize": "torch",

@@ -9,7 +9,7 @@ import venv
 from pathlib import Path
 
 import keras_mnv2
-from tests.conftest import once
+from tests.conftest import once_on
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = keras_mnv2.__name__
@@ -111,7 +111,7 @@ ignore_missing_imports = True
 """
 
 
-@once
+@once_on("tensorflow")
 def test_a_users_type_checker_reads_them(tmp_path):
     # An environment with the package beside all else that is installed: mypy takes it by its `py.typed` alone.
     venv.create(tmp_path / "venv", symlinks=True)

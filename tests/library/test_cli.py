@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_images
 import keras_mnv2
 from keras_mnv2.backend import other_backend
 from keras_mnv2.cli import main
-from tests.conftest import once
+from tests.conftest import once, once_on
 from tests.helpers import hiding, randomise
 
 # What the command does with a model does not depend on its blocks.
@@ -262,6 +262,7 @@ def test_models_that_cannot_be_used_are_named(files, capsys, tmp_path):
         assert len(err.splitlines()) == 1
 
 
+@once
 def test_a_broken_image_ends_an_evaluation(files, capsys, tmp_path):
     folder, _ = files
     keras_mnv2.MobileNetV2((32, 32, 3), alpha=0.35, weights=None, inverted_residual_setting=FEW, classes=1).save(
@@ -365,7 +366,7 @@ def test_mistakes_are_one_line_and_status_2(capsys, arguments, message):
     assert len(err.splitlines()) == 1
 
 
-@once
+@once_on("tensorflow")
 def test_the_module_runs_as_a_command():
     command = [sys.executable, "-m", "keras_mnv2", "weights", "torchvision/*"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -391,7 +392,7 @@ def alone(tmp_path, present, *words, named=None):
     )
 
 
-@once
+@once_on("tensorflow")
 def test_the_backend_that_is_installed_is_taken(tmp_path):
     present = {"jax": "jax,jaxlib"}.get(keras.backend.backend(), keras.backend.backend())
     done = alone(tmp_path, present, "--version")
@@ -432,7 +433,7 @@ def test_train_hands_its_words_to_the_training(capsys, monkeypatch):
     assert handed == [(["digits"], True), (["digits"], False)]
 
 
-@once
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the process starts once")
 def test_train_starts_its_process_again_before_keras_is_imported():
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}

@@ -95,6 +95,7 @@ def open_channels_first():
     return small(input_shape=(3, 32, 32), data_format="channels_first", include_top=False)
 
 
+@once
 @pytest.mark.parametrize("make", [open_channels_first, compact_channels_first])
 def test_channels_first_is_folded_in_float32(make, rng):
     model = make()
@@ -138,6 +139,7 @@ def test_a_sequential_model_is_folded(rng):
     assert [layer.name for layer in folded(model, rng).layers] == [layer.name for layer in model.layers]
 
 
+@once
 def test_a_folded_model_is_saved_and_trained_like_any_other(rng, tmp_path):
     result = folded(extended(rng), rng, 0, 255)
     images = rng.uniform(0, 255, (4, *SIZE))
@@ -172,6 +174,7 @@ def test_a_fine_tuned_model_with_frozen_blocks_stays_so(block, rng):
     assert all(np.array_equal(a, b) for a, b in zip(result.get_layer(last).get_weights(), frozen, strict=True))
 
 
+@once
 def test_a_folded_model_folds_to_itself_and_other_norms_stay(rng):
     for model in (keras_mnv2.fold_batch_norm(small()), small(norm_layer="group_norm")):
         images = rng.normal(size=(2, *SIZE))

@@ -60,6 +60,7 @@ def test_training_and_inference_give_what_they_give_without(build):
         assert np.abs(a - b).max() <= 1e-3
 
 
+@pytest.mark.slow
 def test_dropout_differs_from_step_to_step():
     # One block: the compiler takes a minute for two.
     model = network(classes=4, dropout=0.5, inverted_residual_setting=ROWS[:1])

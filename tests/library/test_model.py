@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import keras_mnv2
 from keras_mnv2.architecture import plan
-from tests.conftest import ONCE, once
+from tests.conftest import ONCE, once, once_on
 from tests.helpers import randomise, relative_difference
 
 
@@ -296,6 +296,7 @@ def test_a_dynamic_model_takes_every_size(rng):
         assert relative_difference(dynamic.predict(x, verbose=0), static.predict(x, verbose=0)) <= 1e-5
 
 
+@once_on("tensorflow")
 @pytest.mark.parametrize("padding", ["same", pytest.param("symmetric", marks=pytest.mark.slow)])
 def test_channels_first_gives_the_numbers_of_channels_last(padding, rng):
     last = small(padding=padding, data_format="channels_last", inverted_residual_setting=FEW)

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 import keras_mnv2
-from tests.conftest import BACKENDS, ONCE, once
+from tests.conftest import BACKENDS, ONCE
 from tests.helpers import double_precision, note, randomise, relative_difference, relative_norm, run_python
 from tests.peers import copy_keras_applications, copy_torchvision, exact_batch_norms, torch_pairs
 
@@ -186,7 +186,7 @@ def flat(weights):
 
 
 # ReLU6 turns rounding into gradients that differ by percents (see above): there the whole step is compared.
-@once
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("activation", "of_a_weight", "of_the_step"),
     [("silu", 1e-5, 1e-3), pytest.param("relu6", None, 0.1, marks=pytest.mark.slow)],

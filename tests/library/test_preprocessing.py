@@ -394,11 +394,13 @@ def test_the_peers_tell_photographs_apart(peer):
         assert np.ptp(values, axis=0).max() > 0.3 * np.abs(values).max(), name
 
 
+@once
 def test_logits_of_photographs(peer):
     x = keras.ops.convert_to_numpy(preprocess_input(peer.inputs, weights=peer.record))
     peer.assert_equal(peer.model().predict(x, verbose=0), "logits", "logits")
 
 
+@once
 def test_features_of_photographs(peer):
     x = keras.ops.convert_to_numpy(preprocess_input(peer.inputs, weights=peer.record))
     model = peer.model(include_top=False, pooling="avg")

@@ -10,7 +10,7 @@ from keras_mnv2.quantize import (
     QuantizedDense,
     QuantizedInvertedResidual,
 )
-from tests.conftest import once, once_on
+from tests.conftest import once_on
 from tests.exports import pictures, small
 from tests.helpers import note, randomise, relative_difference, relative_norm
 from tests.library.ops.test_ops import gradients
@@ -112,7 +112,7 @@ def test_folding_its_batch_norms_changes_no_bit_of_its_kernels(trained):
     assert np.abs(folded.predict(images, verbose=0) - quantized.predict(images, verbose=0)).max() <= 1e-5
 
 
-@once
+@pytest.mark.slow
 def test_the_8_bit_onnx_file_gives_its_predictions_and_holds_its_integers(trained, tmp_path):
     import onnx
 

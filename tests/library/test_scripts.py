@@ -9,7 +9,7 @@ import pytest
 
 import keras_mnv2
 from tests import twins
-from tests.conftest import once
+from tests.conftest import ONCE, once
 from tests.helpers import note, relative_difference
 
 # XLA compiles the training steps of both models for half a minute.
@@ -187,6 +187,7 @@ def test_regularisers_that_are_set_on_layers_count():
     assert float(keras.ops.convert_to_numpy(sum(models[1].losses))) > 0.01 * loss
 
 
+@once
 def test_layers_are_found_by_name_and_what_they_compute():
     source, model = twins.pair()
     x, _ = twins.batch(2)
@@ -308,7 +309,7 @@ def flattened(backbone):
     return keras.Model(backbone.input, head(backbone.output))
 
 
-@pytest.mark.parametrize("around", [nested, flattened])
+@pytest.mark.parametrize("around", [nested, pytest.param(flattened, marks=ONCE)])
 def test_transfer_models_around_it(around):
     backbones = twins.pair(include_top=False)
     source, model = (around(backbone) for backbone in backbones)

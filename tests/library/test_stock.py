@@ -107,7 +107,7 @@ def test_a_quantised_model_has_no_such_form(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("suffix", [pytest.param(".h5", marks=ONCE), pytest.param(".keras", marks=marks("tensorflow"))])
+@pytest.mark.parametrize("suffix", [pytest.param(".h5", marks=ONCE), pytest.param(".keras", marks=pytest.mark.slow)])
 def test_a_transfer_model_is_taken_over_from_a_file(suffix, rng, tmp_path):
     source = transfer("nested")
     source.layers[1].trainable = False

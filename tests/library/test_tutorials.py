@@ -98,6 +98,7 @@ def gradient_at(model, name, x):
     return feature_map.detach().numpy(), feature_map.grad.numpy()
 
 
+@once
 def test_class_activation_maps():
     x, _ = twins.batch(2)
     maps = []

@@ -337,7 +337,7 @@ def test_the_command(model, saved, photographs, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["top1"] == pytest.approx(share)
 
 
-@once
+@pytest.mark.slow
 def test_a_program_of_pytorch_is_evaluated_in_a_process_with_tensorflow(photographs, tmp_path, monkeypatch):
     write_torch(tmp_path / "means.pt2", 32)
     monkeypatch.setenv("KERAS_BACKEND", "tensorflow")

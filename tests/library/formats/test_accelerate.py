@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import keras_mnv2
+from tests.conftest import once_on
 from tests.exports import small
 
 # Runtimes whose graph another backend writes are slower to make.
@@ -31,6 +32,7 @@ class Batches(keras.utils.PyDataset):
         return self.images[i * self.size : (i + 1) * self.size], np.zeros(self.size)
 
 
+@once_on("tensorflow")
 def test_predictions_are_the_models(fast, rng, capsys):
     model, fast = fast
     images = rng.uniform(0, 255, (7, 32, 32, 3)).astype("float32")

@@ -69,7 +69,7 @@ def test_a_saved_model_has_names_labels_and_any_batch(decided, exported):
 
 
 @once
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_an_onnx_file_is_standard_and_lean(precision, exported):
     import onnx
 
@@ -119,7 +119,7 @@ def test_an_8_bit_onnx_file_runs_with_integers(exported, tmp_path):
     assert report.top1_agreement >= 0.9
 
 
-@once
+@pytest.mark.slow
 def test_no_sum_of_an_8_bit_onnx_file_leaves_16_bits(exported):
     """Processors without 8-bit dot products add two products in 16 bits: ONNX Runtime cut those sums off in silence."""
     import onnx
@@ -148,7 +148,7 @@ def test_no_sum_of_an_8_bit_onnx_file_leaves_16_bits(exported):
     np.testing.assert_allclose(*found, atol=1e-6)
 
 
-@once
+@pytest.mark.slow
 def test_ranges_of_an_8_bit_onnx_file_hold_what_one_image_needs(tmp_path):
     image = keras.Input((8, 8, 3))
     y = keras.layers.Conv2D(4, 3, activation="relu", kernel_initializer=keras.initializers.Constant(0.05))(image)
@@ -197,7 +197,7 @@ def test_an_opset_that_cannot_hold_the_model_is_one_sentence(tmp_path):
 
 
 @once
-@pytest.mark.parametrize("io_dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("io_dtype", ["int8", pytest.param("uint8", marks=pytest.mark.slow)])
 def test_full_integer_files_hold_integers_alone(io_dtype, decided, exported, tmp_path):
     from ai_edge_litert.interpreter import Interpreter
 
@@ -229,7 +229,7 @@ def test_features_of_images_of_any_size(tmp_path):
         np.testing.assert_allclose(found[key], expected[key], atol=1e-5)
 
 
-@once_on("tensorflow")
+@pytest.mark.slow
 def test_a_users_sequential_model(tmp_path):
     backbone = small(include_top=False, pooling="avg")
     user = keras.Sequential(
@@ -417,7 +417,7 @@ def test_integers_that_say_nothing_of_the_model_are_refused(decided, tmp_path, m
 STEPS = ("graphs", "runtimes") if keras.backend.backend() == "jax" else ("graphs", "converters", "runtimes")
 
 
-@once
+@pytest.mark.slow
 @pytest.mark.parametrize("part", STEPS)
 def test_a_failing_step_is_one_sentence_and_leaves_nothing(part, tmp_path, monkeypatch):
     broken = tmp_path / "broken.py"
@@ -467,7 +467,7 @@ LOST = {
 
 
 @once_on("tensorflow")
-@pytest.mark.parametrize("what", LOST)
+@pytest.mark.parametrize("what", [pytest.param("another", marks=pytest.mark.slow), "swallowed"])
 def test_a_signal_whose_exception_is_lost_ends_the_process_with_it(what, tmp_path):
     code = f"""
 import os, signal, sys

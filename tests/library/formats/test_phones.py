@@ -42,7 +42,7 @@ def test_a_convolution_that_xnnpack_does_not_take_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@once
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "float16"])
 def test_a_core_ml_package_takes_images_and_names_classes(precision, decided, tmp_path):
     import coremltools

@@ -38,6 +38,7 @@ def test_parameters_are_contiguous_and_usable_as_such(models):
     optimizer.step(lambda: sum((p**2).sum() for p in parameters))
 
 
+@pytest.mark.slow
 def test_a_state_dictionary_is_a_file_and_fits_other_models(models, tmp_path):
     from safetensors.torch import save_file
 

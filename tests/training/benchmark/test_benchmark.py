@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from tests.conftest import ONCE, once, once_on
+from tests.conftest import ONCE, once
 from tests.helpers import randomise, relative_difference
 from training.benchmark import charts, contenders, exports, frameworks, modes, peers, rounds
 from training.benchmark.contenders import PEERS
@@ -160,7 +160,7 @@ def test_tf32_is_told_where_there_is_a_gpu(monkeypatch):
     assert charts.peak_line(4e11, "bfloat16", {"gpu": None, "tf32": None}) == expected
 
 
-@once_on("tensorflow")
+@pytest.mark.slow
 def test_growth_is_measured_in_a_process_a_point(monkeypatch):
     monkeypatch.setattr(modes, "GROWTH_BATCHES", (64,))
     monkeypatch.setattr(modes, "GROWTH_SIZES", ())
@@ -182,7 +182,7 @@ SHADOWS = {
 }
 
 
-@once
+@pytest.mark.slow
 def test_missing_and_failing_contenders_are_named_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     for name, code in SHADOWS.items():
         (tmp_path / f"{name}.py").write_text(code)

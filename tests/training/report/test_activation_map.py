@@ -65,6 +65,7 @@ def grad_cam(model, images, classes, data_format):
     return large / large.max(axis=(1, 2), keepdims=True)
 
 
+@once
 @pytest.mark.parametrize(
     ("activation", "dropout", "data_format"),
     [

@@ -349,7 +349,7 @@ def test_a_run_folder_that_cannot_be_written_ends_in_a_sentence(dataset, tmp_pat
         train.run(runs.settings(dataset, tmp_path / "file" / "run"))
 
 
-@once_on("tensorflow")
+@pytest.mark.slow
 def test_ctrl_c_ends_the_command_with_a_line_and_status_130(dataset, tmp_path):
     process = runs.start("training", runs.flags(dataset, tmp_path / "run", epochs=50), BACKEND)
     runs.read_until(process, "Epoch 2/50")

@@ -195,6 +195,7 @@ def backbone_weights(model):
     return [weight for layer in model.layers if layer.name != "predictions" for weight in layer.get_weights()]
 
 
+@once
 def test_the_head_gives_the_model_what_it_gave_on_its_features(photographs, weights, tmp_path):
     config = small("transfer", photographs, weights=weights, head_epochs=20, head_learning_rate=0.05)
     inputs = dataclasses.replace(read(config), class_weight=balanced(read(config).dataset.train.labels, 3))
@@ -211,6 +212,7 @@ def test_the_head_gives_the_model_what_it_gave_on_its_features(photographs, weig
         np.testing.assert_array_equal(old, new)
 
 
+@once
 def test_fine_tuning_changes_the_last_blocks_alone_and_no_statistics(photographs, weights, tmp_path):
     config = small("transfer", photographs, weights=weights, head_epochs=1, unfreeze_from="block_2", run_dir=tmp_path)
     train.run(config)
@@ -314,7 +316,7 @@ def test_durations():
     assert [duration(seconds) for seconds in (12.4, 200, 3900)] == ["12 s", "3 min 20 s", "1 h 5 min"]
 
 
-@once
+@pytest.mark.slow
 def test_without_tensorflow_a_run_leaves_the_saved_model_out(tmp_path):
     hidden = f"{hiding('tensorflow')}\nfrom training.__main__ import main\nmain(sys.argv[1:])"
     out = run_python(hidden, "torch", *TINY[2:], "--epochs", "1", "--run-dir", tmp_path / "run")

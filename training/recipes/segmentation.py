@@ -5,7 +5,7 @@ left), and so are the random scales and windows; `--weights` and `--weights-back
 
 Command: `python -m training segmentation`, or `python -m training segmentation --dataset FOLDER` with folders of images
 and masks.
-Expected for the digits: a mean IoU of 86 to 87 %, on PyTorch in 14 minutes on two x86 cores (`docs/segmentation.md`).
+Expected for the digits: a mean IoU of 86 to 87 % in 14 to 15 minutes on two x86 cores (`docs/segmentation.md`).
 """
 
 from ..config import Config

@@ -1,8 +1,9 @@
 """The operations on TensorFlow: its own padding, bias and batch norm kernels.
 
 Channels-first images are transposed on a CPU, where TensorFlow has a kernel for them only with oneDNN, which it takes
-by itself on some processors alone. Dilations go through `keras.ops`, but for the gradients of depthwise ones on small
-images. `jit_compile=True` is never used on a CPU: XLA's depthwise convolution is ten times slower there.
+by itself on some processors alone. Dilations go through `keras.ops`. On a CPU the gradients of 1x1 convolutions, and of
+dilated depthwise ones on small images, are our own. `jit_compile=True` is never used on a CPU: XLA's depthwise
+convolution is ten times slower there.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +27,35 @@ class _Terminated(BaseException):
 
 
 @contextlib.contextmanager
-def cleaned_up() -> Iterator[None]:
-    """Inside, SIGTERM first raises, so that no scratch folder and no child stays, and then ends the process."""
+def cleaned_up() -> Iterator[Callable[[], None]]:
+    """Inside, SIGTERM first raises, so that no scratch folder and no child stays, and then ends the process.
 
-    came = []
+    Yields:
+        A function that raises again where the exception of a signal was lost: a callback, or a library in C, may
+        swallow it. To be called before results get their names.
+    """
+
+    came: list[int] = []
 
     def terminate(number: int, frame: Any) -> None:
         came.append(number)
         raise _Terminated
 
+    def check() -> None:
+        if came:
+            raise _Terminated
+
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         # The caller has a handler, or signals end in another thread.
-        yield
+        yield check
         return
     signal.signal(signal.SIGTERM, terminate)
     try:
-        yield
+        yield check
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # Whatever became of the exception: the import of a C library makes another of it, a callback may swallow it.
+        # Whatever became of the exception: the import of a C library makes another of it, too.
         if came:
             os.kill(os.getpid(), signal.SIGTERM)
 

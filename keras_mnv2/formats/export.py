@@ -173,7 +173,7 @@ def export(
     if computes_in_16_bits(model) and format != "keras":
         source = _in_float32(source)
 
-    with cleaned_up(), folder_beside(path) as folder:
+    with cleaned_up() as check_signal, folder_beside(path) as folder:
         # Files that name each other, as OpenVINO's do, need their final names.
         target = folder / "result" / path.name
         target.parent.mkdir()
@@ -205,6 +205,7 @@ def export(
             report = ExportReport(path, format, precision, 0, None, None, None, size_of(target.parent))
         else:
             report = compare(model, checked, images, folder, path, format, precision, quantized, layout)
+        check_signal()
         move_results(target.parent, path, folder, overwrite)
     if verbose:
         print(report)

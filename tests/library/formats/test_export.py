@@ -473,15 +473,18 @@ def test_a_signal_whose_exception_is_lost_ends_the_process_with_it(what, tmp_pat
 import os, signal, sys
 from keras_mnv2.files import cleaned_up, folder_beside
 from pathlib import Path
-with cleaned_up(), folder_beside(Path(sys.argv[1])):
+with cleaned_up() as check, folder_beside(Path(sys.argv[1])):
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         raise SystemExit("no signal")
     except BaseException as error:
         {LOST[what]}
+    check()
+    print("moved")
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True)
     assert done.returncode == -signal.SIGTERM, done.stderr
+    assert done.stdout == ""
     assert not list(tmp_path.iterdir())
 
 

@@ -455,8 +455,9 @@ def test_an_interrupted_export_leaves_nothing(number, tmp_path):
         time.sleep(1)  # By then a child is at work.
         process.send_signal(number)
         assert process.wait(30) == -number
-        assert ("KeyboardInterrupt" in process.stderr.read()) == (number == signal.SIGINT)
-    assert not list(tmp_path.iterdir())
+        told = process.stdout.read() + process.stderr.read()
+        assert ("KeyboardInterrupt" in told) == (number == signal.SIGINT)
+    assert not list(tmp_path.iterdir()), told
 
 
 # What becomes of the exception of the signal: an import of a C library makes another of it, a callback swallows it.

@@ -119,7 +119,7 @@ def test_an_8_bit_onnx_file_runs_with_integers(exported, tmp_path):
     assert report.top1_agreement >= 0.9
 
 
-@pytest.mark.slow
+@once_on("tensorflow")
 def test_no_sum_of_an_8_bit_onnx_file_leaves_16_bits(exported):
     """Processors without 8-bit dot products add two products in 16 bits: ONNX Runtime cut those sums off in silence."""
     import onnx
@@ -417,8 +417,8 @@ def test_integers_that_say_nothing_of_the_model_are_refused(decided, tmp_path, m
 STEPS = ("graphs", "runtimes") if keras.backend.backend() == "jax" else ("graphs", "converters", "runtimes")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", STEPS)
+@once
+@pytest.mark.parametrize("part", [*STEPS[:-1], pytest.param(STEPS[-1], marks=pytest.mark.slow)])
 def test_a_failing_step_is_one_sentence_and_leaves_nothing(part, tmp_path, monkeypatch):
     broken = tmp_path / "broken.py"
     broken.write_text("print('noise')\nraise OSError('the step broke')\n")

@@ -8,7 +8,10 @@ import keras_mnv2
 from keras_mnv2 import ops
 from tests.helpers import relative_difference
 
-tf = pytest.importorskip("tensorflow")
+# Other backends' processes stay without it.
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow's graphs")
 
 

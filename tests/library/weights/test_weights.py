@@ -84,8 +84,8 @@ def save_as_its_library_does(checkpoint, model, path):
 
 # XLA compiles keras.applications at these widths for half a minute each.
 LONG = ("keras/mobilenet_v2_0.75_96", "keras/mobilenet_v2_1.3_224")
-# One on each backend. The rest is of the same code, and `test_parity.py` has each library's network.
-EVERYWHERE = {"timm/mobilenetv2_050.lamb_in1k"}
+# On each backend one of timm and one of transformers; `test_parity.py` has the other two libraries' networks there.
+EVERYWHERE = {"timm/mobilenetv2_050.lamb_in1k", "transformers/google/mobilenet_v2_0.35_96"}
 
 
 @pytest.mark.parametrize(
